@@ -1,0 +1,1 @@
+"""Vision transformers as compositions: blocks, backbones, readouts, classifiers."""

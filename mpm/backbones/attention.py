@@ -1,0 +1,142 @@
+"""Multi-head self-attention, whose queries can be fewer than its keys, and BEiT's relative position bias."""
+
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mpm.patchify.masks import take
+
+__all__ = ["Attention", "QKVBias", "RelativePositionBias", "attend"]
+
+QKVBias = Literal["all", "query_value", "none"]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Softmax attention by the fastest exact way on this device and type.
+
+    On CPUs without AMX tiles, torch's fused kernel is 2 to 4 times slower in bf16 than the two products
+    (docs/evidence.md), so there they are written out, with the softmax in float32.
+
+    Args:
+        q: [B,h,S,d].
+        k: [B,h,T,d].
+        v: [B,h,T,d].
+        bias: added to the logits, broadcastable to [B,h,S,T].
+
+    Returns: [B,h,S,d].
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not _has_amx():
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        if bias is not None:
+            logits = logits + bias.to(logits.dtype)
+        return logits.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
+
+
+@cache
+def _has_amx() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with fused projections (parameter names as in timm).
+
+    Args:
+        dim: width.
+        num_heads: of width dim / num_heads each.
+        qkv_bias: on queries, keys and values; on queries and values only (BEiT: a bias on the keys adds the
+            same to all logits of a query, which softmax cancels); or none.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: QKVBias = "all"):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias == "all")
+        self.proj = nn.Linear(dim, dim)
+        split = qkv_bias == "query_value"
+        self.q_bias = nn.Parameter(torch.empty(dim)) if split else None
+        self.v_bias = nn.Parameter(torch.empty(dim)) if split else None
+
+    def reset_parameters(self) -> None:
+        """Set BEiT's biases to zero; the Linear layers are the initialisation scheme's."""
+        for bias in (self.q_bias, self.v_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """Attend from all tokens, or from some of them, to all.
+
+        Args:
+            x: [B,T,D].
+            bias: broadcastable to [B,h,T,T], or to [B,h,S,T] with `rows`.
+            rows: int64 [B,S], the tokens that ask.
+
+        Returns: [B,T,D], or [B,S,D] with `rows`.
+        """
+        D = x.shape[-1]
+        weight, all_bias = self.qkv.weight, self._bias()
+        if rows is None:
+            q, k, v = self._heads(F.linear(x, weight, all_bias), 3)
+        else:
+            q_bias, kv_bias = (None, None) if all_bias is None else (all_bias[:D], all_bias[D:])
+            (q,) = self._heads(F.linear(take(x, rows), weight[:D], q_bias), 1)
+            k, v = self._heads(F.linear(x, weight[D:], kv_bias), 2)
+        return self.proj(attend(q, k, v, bias).transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
+        """[B,T,count*D] -> count times [B,h,T,d]."""
+        B, T, _ = x.shape
+        return x.reshape(B, T, count, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _bias(self) -> Tensor | None:
+        if self.q_bias is None or self.v_bias is None:
+            return self.qkv.bias
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+
+class RelativePositionBias(nn.Module):
+    """A learned bias per head and offset between two patches (BEiT, arXiv:2106.08254).
+
+    The table has a row for each offset, (2 rows - 1)(2 columns - 1), and where there are prefix tokens three
+    more: prefix to patch, patch to prefix, prefix to prefix (732 rows on a 14x14 grid), which all
+    prefix tokens share.
+
+    Args:
+        grid: patches per side (rows, columns).
+        num_heads: of the attention.
+        num_prefix: prefix tokens before the patches.
+    """
+
+    index: Tensor
+
+    def __init__(self, grid: tuple[int, int], num_heads: int, *, num_prefix: int):
+        super().__init__()
+        self.grid = grid
+        self.num_prefix = num_prefix
+        offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
+        self.table = nn.Parameter(torch.empty(offsets + 3 * bool(num_prefix), num_heads))
+        self.register_buffer(
+            "index", torch.empty(grid[0] * grid[1], grid[0] * grid[1], dtype=torch.int64), persistent=False
+        )
+
+    def reset_parameters(self) -> None:
+        """Bias zero; the index of each pair of patches."""
+        nn.init.zeros_(self.table)
+        rows, columns = self.grid
+        row = torch.arange(rows).repeat_interleave(columns)
+        column = torch.arange(columns).repeat(rows)
+        index = (row[:, None] - row + rows - 1) * (2 * columns - 1) + (column[:, None] - column + columns - 1)
+        self.index.copy_(index)
+
+    def forward(self, at: Tensor | None = None) -> Tensor:
+        """The bias of the patches at grid index `at` [B,T] (None: all N in order): [1 or B,h,R+T,R+T]."""
+        index = self.index[None] if at is None else self.index[at[:, :, None], at[:, None, :]]  # [B,T,T]
+        if self.num_prefix:
+            R, rows = self.num_prefix, len(self.table)
+            index = F.pad(index, (R, 0, 0, 0), value=rows - 2)  # patch to prefix
+            index = F.pad(index, (0, 0, R, 0), value=rows - 3)  # prefix to patch
+            index[:, :R, :R] = rows - 1
+        return self.table[index].permute(0, 3, 1, 2)

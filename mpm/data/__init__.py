@@ -1,0 +1,1 @@
+"""Images: reading, sources, views, batches."""

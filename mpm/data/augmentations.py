@@ -1,0 +1,99 @@
+"""Changes of colour and shape beyond crop and flip: torchvision's and timm's operations on private draws."""
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+class ColorJitter:
+    """Brightness, contrast and saturation in random order, each by a factor in [max(0, 1 - s), 1 + s].
+
+    Args:
+        strength: s. Grey images have no saturation.
+    """
+
+    def __init__(self, strength: float):
+        from torchvision.transforms.v2 import functional  # here, before workers fork: it takes a second
+
+        self._range = (max(0.0, 1 - strength), 1 + strength)
+        self._changes: dict[int, list[Callable[[Tensor, float], Tensor]]] = {
+            1: [functional.adjust_brightness, functional.adjust_contrast],
+            3: [functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation],
+        }
+
+    def draw(self, channels: int, rng: np.random.Generator) -> Callable[[Tensor], Tensor]:
+        """One change of [C,h,w], to be applied to every view of a sample.
+
+        Raises:
+            ValueError: if there are neither 1 nor 3 channels.
+        """
+        if channels not in self._changes:
+            raise ValueError(
+                f"color_jitter works on 1 or 3 channels, the images have {channels}; set color_jitter: 0"
+            )
+        changes = self._changes[channels]
+        steps = [(changes[number], rng.uniform(*self._range)) for number in rng.permutation(len(changes))]
+
+        def apply(image: Tensor) -> Tensor:
+            for change, factor in steps:
+                image = change(image, factor)
+            return image
+
+        return apply
+
+
+class RandAugment:
+    """timm's RandAugment (arXiv:1909.13719) on tensors, drawn from a private generator.
+
+    Args:
+        policy: timm's words for it, like "rand-m9-mstd0.5-inc1".
+        image_size: height, width in pixels; shifts are limited to 0.45 of the shorter side, as in timm.
+    """
+
+    def __init__(self, policy: str, image_size: tuple[int, int]):
+        from timm.data.auto_augment import rand_augment_transform
+
+        shift = int(0.45 * min(image_size))
+        # Uncovered pixels get timm's mean colour; grey images need one number.
+        self._transforms = {
+            channels: rand_augment_transform(policy, {"translate_const": shift, "img_mean": mean})
+            for channels, mean in ((1, (128,)), (3, (124, 116, 104)))
+        }
+        for operation in (op for transform in self._transforms.values() for op in transform.ops):
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
+
+    def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+        """[C,h,w] -> [C,h,w], uint8.
+
+        Raises:
+            ValueError: if the image is deeper than 8 bits, or has neither 1 nor 3 channels.
+        """
+        channels = len(image)
+        if channels not in self._transforms or image.dtype != torch.uint8:
+            raise ValueError(
+                f"rand_augment works on 8-bit images of 1 or 3 channels, got {image.dtype} with {channels}; "
+                "set rand_augment: null"
+            )
+        pixels = image[0] if channels == 1 else image.permute(1, 2, 0)
+        seed = int(rng.integers(2**32))
+        # timm draws from the global generators of Python and numpy.
+        python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        try:
+            augmented = self._transforms[channels](Image.fromarray(pixels.numpy()))
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+        pixels = torch.from_numpy(np.array(augmented))
+        return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
+
+
+def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """Keeps at least one bit: timm may ask for none, which was black and is an error since Pillow 13."""
+    return image if bits >= 8 else ImageOps.posterize(image, max(bits, 1))

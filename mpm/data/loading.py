@@ -1,0 +1,249 @@
+"""From a source to batches, in worker processes, and what happens when a file is broken.
+
+A sample is a pure function of the seed and its key, so the number of workers and processes changes nothing.
+"""
+
+import logging
+import signal
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from mpm import distributed
+from mpm.data.channels import to_unit_range
+from mpm.data.datasets import ImageSource
+from mpm.data.images import UnreadableImage
+from mpm.data.stream import EpochStream, SampleKey
+from mpm.data.views import MASK_STREAM, EvalView, PretrainView, TrainView, sample_generator
+
+_log = logging.getLogger(__name__)
+
+
+class PretrainBatch(NamedTuple):
+    """Masked images.
+
+    Attributes:
+        images: [B,C,H,W] uint8, or float32 in [0, 1] where a file is deeper.
+        target_images: [B,C,H2,W2], or None where the target is the image.
+        masked: bool [B,N], True = masked, the same number in every row.
+        index: int64 [B], in the source.
+    """
+
+    images: Tensor
+    target_images: Tensor | None
+    masked: Tensor
+    index: Tensor  # type: ignore[assignment]  # in place of tuple.index
+
+
+class LabelledBatch(NamedTuple):
+    """Images with classes.
+
+    Attributes:
+        images: [B,C,H,W] uint8, or float32 in [0, 1] where a file is deeper.
+        labels: int64 [B], -1 where the source has no classes.
+        index: int64 [B], in the source.
+    """
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor  # type: ignore[assignment]  # in place of tuple.index
+
+
+class _Delivery(NamedTuple):
+    """What comes from a worker: a batch and the files replaced in it, or what the user has to be told."""
+
+    batch: Any = None
+    broken: tuple[tuple[int, str], ...] = ()  # index, reason
+    error: ValueError | None = None
+
+
+class ViewDataset(Dataset[_Delivery]):
+    """Finished batches of views, made from lists of `SampleKey`.
+
+    A broken image is replaced by the next readable one of the source.
+
+    Args:
+        source: the images.
+        view: masks and images, or images with labels.
+        seed: of crops and masks.
+    """
+
+    def __init__(self, source: ImageSource, view: PretrainView | TrainView, *, seed: int):
+        self.source = source
+        self._view = view
+        self._seed = seed
+
+    def __getitems__(self, keys: list[SampleKey]) -> _Delivery:
+        try:
+            return self._deliver(keys)
+        except ValueError as error:  # raised again, as one line, by the process that iterates
+            return _Delivery(error=error)
+
+    def _deliver(self, keys: list[SampleKey]) -> _Delivery:
+        broken: dict[int, str] = {}
+        indices: list[int] = []
+        samples: list[Any] = []
+        for key in keys:
+            index, image = self._read_next(key.image, broken)
+            rng = sample_generator(self._seed, *key)
+            if isinstance(self._view, PretrainView):
+                samples.append(self._view(image, rng, sample_generator(self._seed, *key, stream=MASK_STREAM)))
+            else:
+                samples.append(self._view(image, rng))
+            indices.append(index)
+        batch: PretrainBatch | LabelledBatch
+        if isinstance(self._view, PretrainView):
+            batch = _collate_pretrain(samples, indices, masked_count=self._view.mask_sampler.count)
+        else:
+            batch = _collate_labelled(samples, indices, self.source)
+        return _Delivery(batch, tuple(broken.items()))
+
+    def _read_next(self, index: int, broken: dict[int, str]) -> tuple[int, Tensor]:
+        count = len(self.source)
+        tried: dict[int, str] = {}
+        for candidate in range(index, index + _tolerated(count) + 2):
+            try:
+                image = self.source.read(candidate % count)
+            except UnreadableImage as error:
+                tried[candidate % count] = str(error)
+            else:
+                broken.update(tried)
+                return candidate % count, image
+        raise _too_many_broken(tried, count)
+
+
+def _tolerated(count: int) -> int:
+    return count // 100
+
+
+def _too_many_broken(broken: dict[int, str], count: int) -> ValueError:
+    return ValueError(
+        f"{len(broken)} of {count} images cannot be read, which is more than 1 %; repair or remove them: "
+        f"{'; '.join(list(broken.values())[:3])}{'; ...' if len(broken) > 3 else ''}"
+    )
+
+
+class _EvalDataset(Dataset[_Delivery]):
+    def __init__(self, source: ImageSource, view: EvalView):
+        self._source = source
+        self._view = view
+
+    def __getitems__(self, indices: list[int]) -> _Delivery:
+        try:
+            images = [self._view(self._source.read(index)) for index in indices]
+        except ValueError as error:  # a broken image too: another one in its place would falsify the result
+            return _Delivery(error=error)
+        return _Delivery(_collate_labelled(images, indices, self._source))
+
+
+def _stack(images: list[Tensor]) -> Tensor:
+    if len({image.dtype for image in images}) > 1:
+        images = [to_unit_range(image) for image in images]
+    return default_collate(images)  # in a worker straight into shared memory
+
+
+def _collate_pretrain(samples: list[Any], indices: list[int], *, masked_count: int) -> PretrainBatch:
+    masked = np.stack([sample.masked for sample in samples])
+    assert (masked.sum(1) == masked_count).all(), "the device relies on the same number in every row"
+    has_targets = samples[0].target_image is not None
+    return PretrainBatch(
+        images=_stack([sample.image for sample in samples]),
+        target_images=_stack([sample.target_image for sample in samples]) if has_targets else None,
+        masked=torch.from_numpy(masked),
+        index=torch.tensor(indices),
+    )
+
+
+def _collate_labelled(images: list[Tensor], indices: list[int], source: ImageSource) -> LabelledBatch:
+    labels = [-1 if source.classes is None else source.label(index) for index in indices]
+    return LabelledBatch(images=_stack(images), labels=torch.tensor(labels), index=torch.tensor(indices))
+
+
+class BatchLoader:
+    """Batches of a DataLoader, and an account of the files that could not be read.
+
+    Attributes:
+        broken: index in the source -> reason, of every image replaced so far on this process.
+
+    Raises:
+        ValueError (while iterating): if over 1 % of the source is broken, or an image does not fit.
+    """
+
+    def __init__(self, deliveries: DataLoader, source: ImageSource):
+        self._deliveries = deliveries
+        self._source = source
+        self.broken: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._deliveries)
+
+    def __iter__(self) -> Iterator[Any]:
+        for delivery in self._deliveries:
+            if delivery.error is not None:
+                raise delivery.error
+            for index, reason in delivery.broken:
+                if index not in self.broken:
+                    _log.warning("%s; the next readable image takes its place", reason)
+                    self.broken[index] = reason
+            if len(self.broken) > _tolerated(len(self._source)):
+                raise _too_many_broken(self.broken, len(self._source))
+            yield delivery.batch
+
+
+def train_loader(
+    dataset: ViewDataset, stream: EpochStream, *, workers: int, pin_memory: bool = False
+) -> BatchLoader:
+    """Micro-batches of the stream, one after the other.
+
+    Args:
+        dataset: makes the batches.
+        stream: says which.
+        workers: processes that read ahead; 0: none. The batches do not depend on it.
+        pin_memory: hand batches over in page-locked memory, for CUDA.
+    """
+    return BatchLoader(_data_loader(dataset, stream, workers, pin_memory), dataset.source)
+
+
+def eval_loader(
+    source: ImageSource, view: EvalView, *, batch_size: int, workers: int, pin_memory: bool = False
+) -> BatchLoader:
+    """Every image once over all processes: this one's are rank, rank + world_size, ...
+
+    Shares may differ by one image; nothing is padded or repeated.
+
+    Args:
+        source: the images.
+        view: of each.
+        batch_size: images of a batch on this process; the last one may be smaller.
+        workers: processes that read ahead; 0: none.
+        pin_memory: hand batches over in page-locked memory, for CUDA.
+    """
+    indices = range(distributed.rank(), len(source), distributed.world_size())
+    batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
+    return BatchLoader(_data_loader(_EvalDataset(source, view), batches, workers, pin_memory), source)
+
+
+def _data_loader(dataset: Dataset[_Delivery], batches: Any, workers: int, pin_memory: bool) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_as_delivered,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_parent,
+        generator=torch.Generator(),  # or every iterator would draw from the global one
+    )
+
+
+def _as_delivered(delivery: Any) -> Any:
+    return delivery
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """The training process decides when to stop; its workers must outlive the signal, to finish the step."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

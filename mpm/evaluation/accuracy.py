@@ -1,0 +1,179 @@
+"""Accuracy of a classifier: every sample counted once, on any number of processes."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mpm import distributed
+
+_NAMED_CLASSES = 30  # with more, names and counts no longer fit
+_CELL_PX, _FONT_PX, _GAP_PX, _CORNER_PX, _HEAT_MAP_PX = 40, 13, 8, 130, 800
+_LONGEST_NAME = 28  # characters
+_FULL = np.array([8, 48, 107])  # dark blue; an empty cell is white
+
+
+@dataclass(frozen=True, eq=False)
+class Accuracy:
+    """What a classifier got right, over all processes. All scores are in [0, 1].
+
+    Attributes:
+        top1: share of samples whose highest score is at the true class.
+        top5: share of samples whose true class is among the five highest scores (among all where L < 5).
+        balanced: mean recall of the classes that occur among the labels.
+        macro_f1: mean F1 of the classes that occur among the labels or the predictions.
+        count: number of samples.
+        confusion: int64 [L,L], samples by true class (row) and predicted class (column).
+        precision: float64 [L], 0 for a class that was never predicted.
+        recall: float64 [L], 0 for a class without samples.
+        f1: float64 [L], 0 where precision and recall are.
+    """
+
+    top1: float
+    top5: float
+    balanced: float
+    macro_f1: float
+    count: int
+    confusion: Tensor
+    precision: Tensor
+    recall: Tensor
+    f1: Tensor
+
+    def table(self, class_names: Sequence[str] | None = None) -> str:
+        """One aligned line for each class: samples, precision, recall and F1 in percent."""
+        names = list(class_names or map(str, range(len(self.f1))))
+        width = max(len(name) for name in [*names, "class"])
+        lines = [f"{'class':<{width}} {'images':>8} {'precision':>10} {'recall':>8} {'f1':>8}"]
+        images = self.confusion.sum(1)
+        for i, name in enumerate(names):
+            scores = f"{self.precision[i]:>10.1%} {self.recall[i]:>8.1%} {self.f1[i]:>8.1%}"
+            lines.append(f"{name:<{width}} {images[i]:>8d} {scores}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def evaluate(
+    predict: Callable[[Tensor], Tensor],
+    batches: Iterable[Sequence[Any]],
+    *,
+    num_classes: int,
+    device: torch.device | str = "cpu",
+) -> Accuracy:
+    """Accuracy of `predict` over the batches of all processes; each gets the same answer.
+
+    Args:
+        predict: images on `device` -> scores [B,L]. Train or eval mode is the caller's business.
+        batches: this process's share, each batch starting with (images, labels int64 [B]). Shares may be
+            uneven or empty: counts are summed, so no sample counts twice.
+        num_classes: L.
+        device: where `predict` works; the counts stay there until the end.
+
+    Raises:
+        ValueError: a label outside [0, L), or no sample at all.
+    """
+    confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
+    top5_hits = torch.zeros((), dtype=torch.int64, device=device)
+    for images, labels, *_ in batches:
+        if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+            seen = f"{int(labels.min())} to {int(labels.max())}"
+            raise ValueError(
+                f"labels {seen} do not fit {num_classes} classes; count the classes of the data anew"
+            )
+        labels = labels.to(device, non_blocking=True)
+        best = predict(images.to(device, non_blocking=True)).topk(min(5, num_classes)).indices  # [B,<=5]
+        confusion.index_add_(0, labels * num_classes + best[:, 0], torch.ones_like(labels))
+        top5_hits += (best == labels[:, None]).sum()
+    confusion, top5_hits = distributed.sum_over_ranks(confusion), distributed.sum_over_ranks(top5_hits)
+    return summarize(confusion.view(num_classes, num_classes).cpu(), int(top5_hits))
+
+
+def summarize(confusion: Tensor, top5_hits: int) -> Accuracy:
+    """Scores of a confusion matrix.
+
+    Args:
+        confusion: int64 [L,L], rows are true classes.
+        top5_hits: samples whose true class is among the five highest scores.
+
+    Raises:
+        ValueError: if the matrix is empty.
+    """
+    count = int(confusion.sum())
+    if count == 0:
+        raise ValueError("nothing to evaluate: the data has no images; look at its folder or split")
+    right = confusion.diagonal().double()
+    labelled, predicted = confusion.sum(1), confusion.sum(0)
+    # right is 0 wherever the divisor is: the clamp turns 0/0 into 0
+    recall, precision = right / labelled.clamp(min=1), right / predicted.clamp(min=1)
+    f1 = 2 * right / (labelled + predicted).clamp(min=1)
+    return Accuracy(
+        top1=float(right.sum()) / count,
+        top5=top5_hits / count,
+        balanced=float(recall[labelled > 0].mean()),
+        macro_f1=float(f1[labelled + predicted > 0].mean()),
+        count=count,
+        confusion=confusion,
+        precision=precision,
+        recall=recall,
+        f1=f1,
+    )
+
+
+def confusion_picture(confusion: Tensor, class_names: Sequence[str] | None = None) -> Tensor:
+    """Draw a confusion matrix: rows are true classes, columns are predictions.
+
+    The shade of a cell is the square root of its share of the row, so that rare mistakes can be seen. Up to
+    30 classes get their names and counts written out; beyond that it is a heat map with class numbers.
+
+    Args:
+        confusion: int64 [L,L].
+        class_names: L names; numbers where absent.
+
+    Returns: uint8 [3,H,W].
+    """
+    counts = confusion.cpu().numpy()
+    L = len(counts)
+    named = L <= _NAMED_CLASSES
+    cell = _CELL_PX if named else max(1, _HEAT_MAP_PX // L)
+    shade = np.sqrt(counts / counts.sum(1, keepdims=True).clip(min=1))  # [L,L] in [0,1]
+    pixels = (255 + shade[..., None] * (_FULL - 255)).round().astype(np.uint8)
+    if named:
+        names = {i: _shortened(class_names[i] if class_names else str(i)) for i in range(L)}
+    else:
+        names = {i: str(i) for i in range(0, L, 10 ** (len(str(L - 1)) - 1))}  # every tenth, hundredth, ...
+
+    font = ImageFont.load_default(_FONT_PX)
+    margin = max(_CORNER_PX, 2 * _GAP_PX + int(max(map(font.getlength, names.values()))))
+    beside = Image.new("RGB", (margin, L * cell), "white")
+    draw = ImageDraw.Draw(beside)
+    for i, name in names.items():
+        middle = (i + 0.5) * cell
+        draw.text((margin - _GAP_PX, middle), name, fill="black", font=font, anchor="rm")
+        draw.line((margin - _GAP_PX / 2, middle, margin, middle), fill="grey")
+
+    picture = Image.new("RGB", (margin + L * cell + _GAP_PX, margin + L * cell + _GAP_PX), "white")
+    picture.paste(beside, (0, _GAP_PX))
+    picture.paste(beside.rotate(90, expand=True), (margin, L * cell + _GAP_PX))  # the same names as columns
+    picture.paste(Image.fromarray(pixels.repeat(cell, 0).repeat(cell, 1)), (margin, _GAP_PX))
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((margin - 1, _GAP_PX - 1, margin + L * cell, L * cell + _GAP_PX), outline="grey")
+    corner = (_GAP_PX, L * cell + 3 * _GAP_PX)
+    draw.text(corner, "rows: true\ncolumns: predicted", fill="grey", font=font)
+    if named:
+        for row, column in np.argwhere(counts).tolist():
+            count = counts[row, column]
+            draw.text(
+                (margin + (column + 0.5) * cell, _GAP_PX + (row + 0.5) * cell),
+                str(count) if count < 100_000 else f"{count / 1000:.0f}k",
+                fill="white" if shade[row, column] > 0.5 else "black",
+                font=font,
+                anchor="mm",
+            )
+    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).contiguous()
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 3] + "..."

@@ -1,0 +1,1 @@
+"""What is learned: masked prediction and classification, and what is prepared for them."""

@@ -1,0 +1,102 @@
+"""Predictors: encoder output to a prediction at each masked patch."""
+
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mpm.backbones.backbone import Encoded, Positions, vit_blocks
+from mpm.patchify.masks import PatchMask
+
+__all__ = ["DecoderPredictor", "LinearPredictor", "Predictor"]
+
+
+class Predictor(Protocol):
+    """Encoder output to predictions.
+
+    Attributes:
+        encoder_mask_token: [D], fills masked patches before the trunk; None: it sees visible patches only.
+        reads: which patches of the trunk's last block are used.
+        norm: the norm of the trunk's output.
+    """
+
+    encoder_mask_token: nn.Parameter | None
+    reads: Literal["all", "masked"]
+    norm: nn.LayerNorm
+
+    def __call__(self, encoded: Encoded, mask: PatchMask) -> Tensor:
+        """-> [S,B,M,out]; S = 1 but for objectives that predict twice."""
+        ...
+
+
+class LinearPredictor(nn.Module):
+    """A norm and a Linear layer on masked tokens (BEiT, SimMIM); the trunk sees mask tokens.
+
+    Args:
+        dim: width of the backbone.
+        out_dim: width of a prediction.
+    """
+
+    reads: Literal["masked"] = "masked"
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.encoder_mask_token = nn.Parameter(torch.empty(dim))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, out_dim)
+
+    def forward(self, encoded: Encoded, mask: PatchMask) -> Tensor:
+        """Encoded patches [B,M,D], the masked ones -> [1,B,M,out]."""
+        return self.head(self.norm(encoded.patches))[None]
+
+
+class DecoderPredictor(nn.Module):
+    """A small transformer over visible tokens and mask tokens (MAE); the trunk sees visible patches only.
+
+    Tokens stay in the order visible, masked: positions are gathered rather than tokens unshuffled, masked
+    tokens are the tail, and the last block computes the tail alone. All of this is exact.
+
+    Args:
+        dim: width of the backbone.
+        out_dim: width of a prediction.
+        grid: patches per side (rows, columns).
+        width: of the decoder, a multiple of 4.
+        depth: blocks.
+        num_heads: of each block.
+    """
+
+    encoder_mask_token: None = None
+    reads: Literal["all"] = "all"
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        *,
+        grid: tuple[int, int],
+        width: int = 512,
+        depth: int = 8,
+        num_heads: int = 16,
+    ):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.embed = nn.Linear(dim, width)
+        self.mask_token = nn.Parameter(torch.empty(width))
+        self.positions = Positions(grid, width, learned=False)
+        self.blocks = nn.ModuleList(vit_blocks(width, depth, num_heads))
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, out_dim)
+
+    def forward(self, encoded: Encoded, mask: PatchMask) -> Tensor:
+        """Encoded patches [B,K,D], the visible ones -> [1,B,M,out]."""
+        R = encoded.prefix.shape[1]
+        x = self.embed(self.norm(torch.cat([encoded.prefix, encoded.patches], dim=1)))  # [B,R+K,width]
+        x = x.to(self.mask_token.dtype)
+        visible = x[:, R:] + self.positions(mask.visible)
+        masked = self.mask_token + self.positions(mask.masked)  # [B,M,width]
+        x = torch.cat([x[:, :R], visible, masked], dim=1)  # [B,R+N,width]
+        tail = torch.arange(x.shape[1] - masked.shape[1], x.shape[1], device=x.device).expand(len(x), -1)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        x = self.blocks[-1](x, rows=tail)  # [B,M,width]
+        return self.head(self.decoder_norm(x))[None]

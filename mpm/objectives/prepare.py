@@ -1,0 +1,135 @@
+"""Between loader and objective: what never learns, on the device and without gradients."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mpm.objectives.masked import MaskedInputs
+from mpm.objectives.supervised import LabelledInputs
+from mpm.objectives.targets import Normalize, Target
+from mpm.patchify.masks import PatchMask
+
+__all__ = ["Mixing", "PrepareLabelled", "PrepareMasked", "to_unit"]
+
+
+def to_unit(images: Tensor, device: torch.device) -> Tensor:
+    """Images uint8, or float32 in [0,1], to float32 in [0,1] on the device."""
+    images = images.to(device, non_blocking=True)
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+class _MaskedBatch(Protocol):
+    @property
+    def images(self) -> Tensor: ...
+    @property
+    def masked(self) -> Tensor: ...
+
+
+class _LabelledBatch(Protocol):
+    @property
+    def images(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+
+
+class PrepareMasked:
+    """Normalises the images and computes the targets.
+
+    Args:
+        target: what is predicted; it gets images in [0,1].
+        normalize: for the network.
+        num_masked: M, the same in every row.
+        device: of the network.
+    """
+
+    def __init__(self, target: Target, *, normalize: Normalize, num_masked: int, device: torch.device):
+        self.target = target
+        self._normalize = normalize
+        self._num_masked = num_masked
+        self._device = device
+
+    def __call__(self, batch: _MaskedBatch) -> MaskedInputs:
+        """A batch with images [B,C,H,W] and masked bool [B,N]."""
+        images = to_unit(batch.images, self._device)
+        mask = PatchMask.from_bool(batch.masked.to(self._device, non_blocking=True), self._num_masked)
+        return MaskedInputs(self._normalize(images), mask, self.target(images, mask))
+
+
+class Mixing(NamedTuple):
+    """Mixup and CutMix (timm's `Mixup`, one draw a batch).
+
+    Attributes:
+        mixup: alpha of the Beta distribution; 0: no Mixup.
+        cutmix: likewise for CutMix.
+        probability: that a batch is mixed.
+        switch: probability of CutMix where both are on.
+    """
+
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    probability: float = 1.0
+    switch: float = 0.5
+
+
+class PrepareLabelled:
+    """Normalises, erases and mixes the images of a training batch, and makes soft targets.
+
+    Erased rectangles are filled with standard normal noise, so erasing comes after the normalisation, as in
+    timm; mixing is linear and commutes with it. Mixing needs an even number of images.
+
+    Args:
+        normalize: for the network.
+        num_classes: L.
+        device: of the network.
+        label_smoothing: share of the target spread over all classes.
+        mixing: Mixup and CutMix; None: none.
+        erasing: probability of erasing a rectangle of an image (timm's `RandomErasing`, mode "pixel").
+    """
+
+    def __init__(
+        self,
+        *,
+        normalize: Normalize,
+        num_classes: int,
+        device: torch.device,
+        label_smoothing: float = 0.0,
+        mixing: Mixing | None = None,
+        erasing: float = 0.0,
+    ):
+        self._normalize = normalize
+        self._num_classes = num_classes
+        self._device = device
+        self._smoothing = label_smoothing
+        self._mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+        self._erase: Callable[[Tensor], Tensor] | None = None
+        if mixing is not None:
+            from timm.data import Mixup
+
+            self._mix = Mixup(
+                mixup_alpha=mixing.mixup,
+                cutmix_alpha=mixing.cutmix,
+                prob=mixing.probability,
+                switch_prob=mixing.switch,
+                label_smoothing=label_smoothing,
+                num_classes=num_classes,
+            )
+        if erasing:
+            from timm.data.random_erasing import RandomErasing
+
+            self._erase = RandomErasing(probability=erasing, mode="pixel", device=str(device))
+
+    def __call__(self, batch: _LabelledBatch) -> LabelledInputs:
+        """A batch with images [B,C,H,W] and labels int64 [B]."""
+        images = self._normalize(to_unit(batch.images, self._device))
+        labels = batch.labels.to(self._device, non_blocking=True)
+        if self._erase is not None:
+            images = self._erase(images)
+        if self._mix is not None:
+            return LabelledInputs(*self._mix(images, labels))
+        targets = F.one_hot(labels, self._num_classes).float()
+        return LabelledInputs(
+            images, torch.lerp(targets, torch.full_like(targets, 1 / self._num_classes), self._smoothing)
+        )

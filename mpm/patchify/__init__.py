@@ -1,0 +1,1 @@
+"""Images to patches, which of them are hidden, and patches to tokens."""

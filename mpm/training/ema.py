@@ -1,0 +1,16 @@
+"""Exponential moving average of a module's parameters."""
+
+from typing import Any
+
+from torch import nn
+
+
+def create_ema(module: nn.Module, *, decay: float) -> Any:
+    """A `timm.utils.ModelEmaV3` that averages parameters and copies buffers.
+
+    Its `module` is the average, in eval mode; `update(module)` after each step. The decay is constant: a
+    counter outside the state dict would restart on resume.
+    """
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(module, decay=decay, exclude_buffers=True)

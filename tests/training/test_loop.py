@@ -1,0 +1,183 @@
+import copy
+import os
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpm.training.loop import StepReport, StopRequest, train_steps
+from mpm.training.optimizer import create_adamw, parameter_groups
+from mpm.training.schedule import cosine
+
+
+class Batch(NamedTuple):
+    images: Tensor
+
+
+class Output(NamedTuple):
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Regression(nn.Module):
+    """Predicts the mean of its inputs; remembers how it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 1))
+        self.calls: list[tuple[float, torch.dtype]] = []
+        self.finished: list[int] = []
+
+    def forward(self, inputs: Tensor, progress: Tensor) -> Output:
+        predictions = self.layers(inputs)
+        self.calls.append((float(progress), predictions.dtype))
+        errors = (predictions.float().squeeze(1) - inputs.mean(1)).square()
+        return Output(errors.mean(), {"error": errors.detach().sqrt().mean()})
+
+    def after_step(self, step: int) -> None:
+        self.finished.append(step)
+
+
+def steps_of(
+    module: nn.Module, images: Tensor, *, stop: int, accumulate: int = 1, batch_size: int = 8, **options: Any
+) -> Iterator[StepReport]:
+    groups = parameter_groups(module, lr=1.0, weight_decay=0.1)
+    return train_steps(
+        module,
+        (Batch(rows) for rows in images.split(batch_size // accumulate)),
+        prepare=lambda batch: batch.images - 0.5,
+        optimizer=create_adamw(groups, lr=1.0, betas=(0.9, 0.95)),
+        lr_at=cosine(peak=0.05, steps=stop, warmup_steps=2, final=0.0, start=0.01),
+        start=0,
+        stop=stop,
+        accumulate=accumulate,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.1])
+def test_four_micro_batches_equal_one_batch(clip_norm: float | None) -> None:
+    images = torch.rand(5 * 8, 6)
+    whole = Regression()
+    parts = copy.deepcopy(whole)
+    reports = zip(
+        steps_of(whole, images, stop=5, clip_norm=clip_norm),
+        steps_of(parts, images, stop=5, clip_norm=clip_norm, accumulate=4),
+        strict=True,
+    )
+    for one, four in reports:
+        torch.testing.assert_close(four.loss, one.loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(four.grad_norm, one.grad_norm, rtol=1e-5, atol=0)
+        torch.testing.assert_close(four.metrics, one.metrics, rtol=1e-5, atol=0)
+        assert (one.images, four.images) == (8, 8)
+    torch.testing.assert_close(parts.state_dict(), whole.state_dict(), rtol=1e-5, atol=1e-7)
+
+
+def test_steps_equal_a_plain_loop() -> None:
+    images = torch.rand(4 * 8, 6)
+    module = Regression()
+    plain = copy.deepcopy(module)
+    reports = list(steps_of(module, images, stop=4, clip_norm=0.1))
+
+    decayed = [p for p in plain.parameters() if p.ndim > 1]
+    others = [p for p in plain.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95)
+    )
+    rates = [0.01, 0.05, 0.05, 0.025]  # warm-up, warm-up, start and middle of the cosine
+    for report, rate, rows in zip(reports, rates, images.split(8), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        loss = plain(rows - 0.5, torch.zeros(())).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        optimizer.step()
+        assert report.lr == pytest.approx(rate)
+        torch.testing.assert_close(report.loss, loss.detach(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(report.grad_norm, norm, rtol=1e-5, atol=0)
+    torch.testing.assert_close(module.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_objective_learns_where_the_run_is() -> None:
+    module = Regression()
+    reports = list(steps_of(module, torch.rand(4 * 8, 6), stop=4, accumulate=2))
+    assert [progress for progress, _ in module.calls] == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
+    assert module.finished == [report.step for report in reports] == [1, 2, 3, 4]
+
+
+def test_layers_learn_at_their_own_rate() -> None:
+    module = Regression()
+    groups = parameter_groups(
+        module, lr=1.0, weight_decay=0.0, layer_of=lambda name: 2 * int("2" in name), num_layers=2, layer_decay=0.5
+    )
+    optimizer = create_adamw(groups, lr=1.0, betas=(0.9, 0.95))
+    batches = iter([Batch(torch.rand(8, 6))])
+    options = {"prepare": lambda batch: batch.images, "lr_at": lambda step: 0.1, "start": 0, "stop": 1}
+    next(train_steps(module, batches, optimizer=optimizer, **options))
+    assert sorted({group["lr"] for group in optimizer.param_groups}) == [0.025, 0.1]
+
+
+def test_only_the_forward_is_autocast() -> None:
+    module = Regression()
+    report = next(steps_of(module, torch.rand(8, 6), stop=9, dtype=torch.bfloat16))
+    assert module.calls[0][1] == torch.bfloat16
+    assert report.loss.dtype == report.grad_norm.dtype == torch.float32
+    assert all(parameter.dtype == torch.float32 for parameter in module.parameters())
+
+
+def test_the_average_sees_the_module_after_each_step() -> None:
+    module = Regression()
+
+    class Recorder:
+        weights: list[Tensor] = []  # noqa: RUF012
+
+        def update(self, module: nn.Module) -> None:
+            self.weights.append(module.layers[0].weight.detach().clone())
+
+    recorder = Recorder()
+    for report in steps_of(module, torch.rand(3 * 8, 6), stop=3, ema=recorder):
+        assert len(recorder.weights) == report.step
+        assert torch.equal(recorder.weights[-1], module.layers[0].weight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_becomes_a_request(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as request:
+        assert not request.requested
+        os.kill(os.getpid(), number)
+        assert request.requested
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_interrupts_at_once() -> None:
+    def interrupt_twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with StopRequest():
+        raises(KeyboardInterrupt, interrupt_twice)
+
+
+def raises(error: type[BaseException], call: Callable[[], None]) -> None:
+    with pytest.raises(error):
+        call()
+
+
+@pytest.mark.gpu
+def test_a_step_never_waits_for_the_device() -> None:
+    module = Regression().cuda()
+    module.forward = lambda inputs, progress: Output(module.layers(inputs).mean() * progress, {})  # type: ignore[method-assign]
+    images = torch.rand(5 * 8, 6, device="cuda")
+    steps = steps_of(module, images, stop=5, accumulate=2, clip_norm=1.0, dtype=torch.bfloat16)
+    next(steps)  # lazy initialisation may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in steps:
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
