@@ -117,14 +117,14 @@ class RelativePositionBias(nn.Module):
         self.grid = grid
         self.num_prefix = num_prefix
         offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
-        self.table = nn.Parameter(torch.empty(offsets + 3 * bool(num_prefix), num_heads))
+        self.bias_table = nn.Parameter(torch.empty(offsets + 3 * bool(num_prefix), num_heads))
         self.register_buffer(
             "index", torch.empty(grid[0] * grid[1], grid[0] * grid[1], dtype=torch.int64), persistent=False
         )
 
     def reset_parameters(self) -> None:
         """Bias zero; the index of each pair of patches."""
-        nn.init.zeros_(self.table)
+        nn.init.zeros_(self.bias_table)
         rows, columns = self.grid
         row = torch.arange(rows).repeat_interleave(columns)
         column = torch.arange(columns).repeat(rows)
@@ -135,8 +135,8 @@ class RelativePositionBias(nn.Module):
         """The bias of the patches at grid index `at` [B,T] (None: all N in order): [1 or B,h,R+T,R+T]."""
         index = self.index[None] if at is None else self.index[at[:, :, None], at[:, None, :]]  # [B,T,T]
         if self.num_prefix:
-            R, rows = self.num_prefix, len(self.table)
+            R, rows = self.num_prefix, len(self.bias_table)
             index = F.pad(index, (R, 0, 0, 0), value=rows - 2)  # patch to prefix
             index = F.pad(index, (0, 0, R, 0), value=rows - 3)  # prefix to patch
             index[:, :R, :R] = rows - 1
-        return self.table[index].permute(0, 3, 1, 2)
+        return self.bias_table[index].permute(0, 3, 1, 2)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mpm.backbones.attention import QKVBias, RelativePositionBias
 from mpm.backbones.blocks import Block
 from mpm.patchify.masks import PatchMask, take
-from mpm.patchify.positions import resample_table, sincos_table
+from mpm.patchify.positions import sincos_table
 from mpm.patchify.stems import Stem
 
 __all__ = ["Backbone", "Encoded", "Positions", "vit_blocks"]
@@ -218,44 +218,3 @@ def vit_blocks(
         )
         for index in range(depth)
     ]
-
-
-def resize_state(state: dict[str, Tensor], old: tuple[int, int], new: tuple[int, int]) -> dict[str, Tensor]:
-    """A backbone's state dict for images of another size: position tables are resampled.
-
-    Args:
-        state: of a `Backbone` whose grid is `old`.
-        old: patches per side (rows, columns).
-        new: patches per side (rows, columns) wanted.
-
-    Raises:
-        ValueError: if there is a relative bias and a grid is not square.
-    """
-    resized = dict(state)
-    for name, tensor in state.items():
-        if name == "positions.table":
-            resized[name] = resample_table(tensor, old, new)
-        elif name.startswith("relative_biases.") and old != new:
-            resized[name] = resample_relative_bias(tensor, old, new)
-    return resized
-
-
-def resample_relative_bias(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """A relative-bias table of another grid (BEiT's code: bicubic over geometrically spaced offsets).
-
-    timm's reimplementation is used, for square grids; the three rows of prefix tokens stay.
-
-    Raises:
-        ValueError: if a grid is not square.
-    """
-    from timm.layers import resize_rel_pos_bias_table
-
-    for rows, columns in (old, new):
-        if rows != columns:
-            raise ValueError(
-                f"a relative position bias is resized between square grids only, not {rows}x{columns}"
-            )
-    prefix_rows = len(table) - (2 * old[0] - 1) ** 2
-    length = (2 * new[0] - 1) ** 2 + prefix_rows
-    window = (new[0], new[1])
-    return resize_rel_pos_bias_table(table, new_window_size=window, new_bias_shape=(length, table.shape[1]))

@@ -13,6 +13,7 @@ class Readout(Protocol):
     """Encoder output to `num_vectors` pooled, normalised vectors: [B,Q,D]."""
 
     num_vectors: int
+    norm: nn.LayerNorm
 
     def __call__(self, encoded: Encoded) -> Tensor:
         """Read."""

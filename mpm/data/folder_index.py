@@ -106,7 +106,7 @@ def _cache_file(root: Path) -> Path:
 def _load(file: Path, root: Path) -> PathTable | None:
     """The index in `file`, or None where there is none, or it is damaged or out of date."""
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
             if str(stored["version"]) != _VERSION:
                 return None
             directories = PathTable(stored["directories"], stored["directory_ends"])

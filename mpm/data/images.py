@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -89,23 +90,30 @@ def _decode(data: np.ndarray, channels: int) -> _Decoded:
 
 
 def _decode_jpeg(data: np.ndarray, channels: int) -> _Decoded:
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    mode = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}.get(channels, ImageReadMode.UNCHANGED)
-    return _Decoded(decode_jpeg(torch.from_numpy(data), mode, apply_exif_orientation=True), has_alpha=False)
+    return _Decoded(
+        _decode_with_torchvision(data, {1: "GRAY", 3: "RGB"}.get(channels, "UNCHANGED")), has_alpha=False
+    )
 
 
 def _decode_png(data: np.ndarray) -> _Decoded:
-    from torchvision.io import ImageReadMode, decode_png
-
-    # Unchanged, torchvision returns palette indices and drops transparency kept outside the pixels.
+    # torchvision returns palette indices for colours, or rows of the wrong length, and overlooks transparency kept
+    # in a chunk of its own. Pillow knows both, but would crush 16 bits, where such a chunk stays overlooked.
     raw = data.tobytes()
-    is_palette = raw[25] == 3
-    has_transparency_chunk = raw.find(b"tRNS", 0, raw.find(b"IDAT")) >= 0
-    expand = is_palette or has_transparency_chunk
-    mode = ImageReadMode.RGB_ALPHA if expand else ImageReadMode.UNCHANGED
-    pixels = decode_png(torch.from_numpy(data), mode, apply_exif_orientation=True)
+    bit_depth, is_palette = raw[24], raw[25] == 3
+    if is_palette or (bit_depth <= 8 and raw.find(b"tRNS", 0, raw.find(b"IDAT")) >= 0):
+        return _decode_with_pillow(data)
+    pixels = _decode_with_torchvision(data, "UNCHANGED")
     return _Decoded(pixels, has_alpha=len(pixels) in (2, 4))
+
+
+def _decode_with_torchvision(data: np.ndarray, mode: str) -> Tensor:
+    from torchvision.io import ImageReadMode, decode_image
+
+    with warnings.catch_warnings():
+        # From 0.29 on torchvision points to TorchCodec, another package; its decoders take a quarter less
+        # time than Pillow's.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return decode_image(torch.from_numpy(data), ImageReadMode[mode], apply_exif_orientation=True)
 
 
 def _decode_with_pillow(data: np.ndarray) -> _Decoded:

@@ -20,9 +20,13 @@ class Predictor(Protocol):
         norm: the norm of the trunk's output.
     """
 
-    encoder_mask_token: nn.Parameter | None
-    reads: Literal["all", "masked"]
     norm: nn.LayerNorm
+    reads: Literal["all", "masked"]
+
+    @property
+    def encoder_mask_token(self) -> nn.Parameter | None:
+        """[D], or None."""
+        ...
 
     def __call__(self, encoded: Encoded, mask: PatchMask) -> Tensor:
         """-> [S,B,M,out]; S = 1 but for objectives that predict twice."""
@@ -37,7 +41,7 @@ class LinearPredictor(nn.Module):
         out_dim: width of a prediction.
     """
 
-    reads: Literal["masked"] = "masked"
+    reads: Literal["all", "masked"] = "masked"
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
@@ -65,8 +69,8 @@ class DecoderPredictor(nn.Module):
         num_heads: of each block.
     """
 
-    encoder_mask_token: None = None
-    reads: Literal["all"] = "all"
+    encoder_mask_token = None
+    reads: Literal["all", "masked"] = "all"
 
     def __init__(
         self,

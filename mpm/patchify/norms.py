@@ -1,12 +1,14 @@
 """Batch normalisation over tokens whose statistics are reduced over processes."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpm import distributed
 
-__all__ = ["TokenBatchNorm"]
+__all__ = ["TokenBatchNorm", "recalibrate"]
 
 
 class TokenBatchNorm(nn.BatchNorm1d):
@@ -55,3 +57,26 @@ class TokenBatchNorm(nn.BatchNorm1d):
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         y = (wide - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
         return y.to(flat.dtype)
+
+
+@torch.no_grad()
+def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set running statistics to the mean over some batches; does nothing without batch norm.
+
+    Args:
+        module: called with each batch.
+        batches: its inputs.
+    """
+    norms = [part for part in module.modules() if isinstance(part, TokenBatchNorm)]
+    if not norms:
+        return
+    modes, momenta = [norm.training for norm in norms], [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train()
+    for count, batch in enumerate(batches, start=1):
+        for norm in norms:
+            norm.momentum = 1 / count  # the first batch replaces, the n-th joins with its share
+        module(batch)
+    for norm, mode, momentum in zip(norms, modes, momenta, strict=True):
+        norm.train(mode)
+        norm.momentum = momentum

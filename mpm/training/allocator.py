@@ -12,7 +12,8 @@ def keep_freed_memory() -> bool:
     """Tells glibc to serve large tensors from its heap and never to shrink it; whether it did.
 
     Otherwise every large activation on a CPU is mapped, faulted in page by page and unmapped in every step.
-    Memory use stays at its peak. Does nothing but on Linux with glibc.
+    Memory use stays at its peak, which is a few blocks higher before glibc 2.38. Does nothing but on Linux
+    with glibc.
     """
     if sys.platform != "linux":
         return False

@@ -52,7 +52,7 @@ def train_steps(
 
     Args:
         objective: called as `objective(inputs, progress)`, gives `.loss` [] and `.metrics`, a dict of
-            detached [] tensors; may be wrapped in DDP. `progress` [] is the share of the run that is done, in [0, 1).
+            detached [] tensors; may be wrapped in DDP. `progress` [] is the share of the run done, in [0, 1).
         batches: micro-batches with `.images` [B,...]; at least `accumulate * (stop - start)`.
         prepare: from a batch to the objective's inputs, on the device; run without gradients.
         optimizer: its groups have `lr_scale` (`parameter_groups`).

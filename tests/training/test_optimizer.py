@@ -45,7 +45,12 @@ def test_layer_decay_equals_the_closed_form() -> None:
         name: by_name[name]["lr_scale"]
         for name in ("stem.weight", "blocks.0.1.weight", "blocks.1.0.bias", "head.bias")
     }
-    assert scales == {"stem.weight": 0.125, "blocks.0.1.weight": 0.25, "blocks.1.0.bias": 0.5, "head.bias": 1.0}
+    assert scales == {
+        "stem.weight": 0.125,
+        "blocks.0.1.weight": 0.25,
+        "blocks.1.0.bias": 0.5,
+        "head.bias": 1.0,
+    }
     assert all(group["lr"] == 2.0 * group["lr_scale"] for group in groups)
     assert by_name["stem.weight"]["group"] == "layer 0, decay"
 
@@ -66,7 +71,7 @@ def test_a_name_without_a_layer_raises() -> None:
 
 
 def test_a_layer_out_of_range_raises() -> None:
-    with pytest.raises(ValueError, match=r"head.weight is in layer 3, but layers are 0 to 2"):
+    with pytest.raises(ValueError, match=r"parameter scale is in layer 3, but layers are 0 to 2"):
         parameter_groups(Network(), lr=1.0, weight_decay=0.1, layer_of=Network.layer_of, num_layers=2)
 
 

@@ -1,0 +1,263 @@
+"""The configuration of the two scripts: every default, unit and rule, checked before torch is imported.
+
+`PretrainConfig` and `FinetuneConfig` hold the rules between sections; the sections are in `config_data`,
+`config_mask`, `config_model` and `config_training`, and re-exported here.
+"""
+
+from bisect import bisect
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mpm.config_data import (
+    FinetuneData,
+    FolderData,
+    FolderSource,
+    HeldOut,
+    PretrainData,
+    PretrainView,
+    Source,
+    Statistics,
+    SyntheticData,
+    SyntheticSource,
+    TorchvisionData,
+    TorchvisionSource,
+)
+from mpm.config_mask import BlockMask, Mask, RandomMask
+from mpm.config_model import (
+    Backbone,
+    ConvStem,
+    DecoderPredictor,
+    HMLPStem,
+    LinearPredictor,
+    LinearStem,
+    MaskedObjective,
+    MeanReadout,
+    Objective,
+    PixelTarget,
+    Positions,
+    Predictor,
+    Readout,
+    Stem,
+    Target,
+    TokenReadout,
+)
+from mpm.config_section import Count, NotNegative, Section, Seed, check_multiple
+from mpm.config_training import (
+    CosineSchedule,
+    Ema,
+    FinetuneOptim,
+    Init,
+    Labels,
+    Mixup,
+    Monitor,
+    MultistepSchedule,
+    Optim,
+    PretrainOptim,
+    Run,
+    Schedule,
+)
+
+__all__ = [
+    "Backbone",
+    "BlockMask",
+    "ConvStem",
+    "CosineSchedule",
+    "DecoderPredictor",
+    "Ema",
+    "FinetuneConfig",
+    "FinetuneData",
+    "FinetuneOptim",
+    "FolderData",
+    "FolderSource",
+    "HMLPStem",
+    "HeldOut",
+    "Init",
+    "Labels",
+    "LinearPredictor",
+    "LinearStem",
+    "Mask",
+    "MaskedObjective",
+    "MeanReadout",
+    "Mixup",
+    "Monitor",
+    "MultistepSchedule",
+    "Objective",
+    "Optim",
+    "PixelTarget",
+    "Positions",
+    "Predictor",
+    "PretrainConfig",
+    "PretrainData",
+    "PretrainOptim",
+    "PretrainView",
+    "RandomMask",
+    "Readout",
+    "Run",
+    "Schedule",
+    "Section",
+    "Source",
+    "Statistics",
+    "Stem",
+    "SyntheticData",
+    "SyntheticSource",
+    "Target",
+    "TokenReadout",
+    "TorchvisionData",
+    "TorchvisionSource",
+]
+
+
+class PretrainConfig(Section):
+    """Pretraining on unlabelled images."""
+
+    seed: Seed = 0
+    """Of weights, order, crops and masks."""
+    run: Run
+    """Where and how, none of it part of the experiment."""
+    init: Init | None = None
+    """Weights to continue from; null: from scratch."""
+    data: PretrainData
+    """Unlabelled images."""
+    mask: Mask
+    """Which patches are hidden."""
+    backbone: Backbone
+    """The encoder."""
+    objective: Objective
+    """What is learned."""
+    optim: PretrainOptim
+    """How."""
+    monitor: Monitor = Monitor()
+    """What is watched."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PretrainConfig":
+        check_patches(self.data.image_size, self.backbone.resolved().patch_size)
+        self.mask.masked(self.grid)
+        check_micro_batch(self.run.micro_batch, self.optim.batch_size)
+        return self
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per side (rows, columns)."""
+        height, width = self.data.image_size
+        patch_height, patch_width = self.backbone.resolved().patch_size
+        return height // patch_height, width // patch_width
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_masked(self) -> int:
+        """M, the same for every image."""
+        return self.mask.masked(self.grid)
+
+
+class FinetuneConfig(Section):
+    """Training a classifier on labelled images, from a checkpoint or from scratch."""
+
+    seed: Seed = 0
+    """Of new weights, order and augmentation."""
+    run: Run
+    """Where and how, none of it part of the experiment."""
+    init: Init | None = None
+    """The pretrained backbone; null: from scratch."""
+    data: FinetuneData
+    """Labelled images."""
+    backbone: Backbone | None = None
+    """The encoder. With init: what is not stated is the checkpoint's, and only drop_path may differ."""
+    readout: Readout
+    """Encoder output to the vector that is classified."""
+    labels: Labels | None = None
+    """How many of the training labels are used; null: all."""
+    mixup: Mixup | None = None
+    """Mixing of images and labels; null: none."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the label spread over all classes."""
+    loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
+    """Cross entropy over the classes, or a binary one for each class."""
+    optim: FinetuneOptim
+    """How."""
+    ema: Ema | None = None
+    """Moving average of the weights; null: none."""
+    evaluate_every: Count | None = None
+    """Steps between two evaluations; null: after each epoch."""
+    head_init_std: NotNegative = 0.02
+    """Deviation of the classifier's first weights (BEiT: 2e-5, MAE: 2e-5)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "FinetuneConfig":
+        backbone, data = self.backbone, self.data
+        if self.init is None:
+            self._check_scratch()
+        if backbone is not None:
+            if data.image_size is not None and not backbone.missing:
+                check_patches(data.image_size, backbone.resolved().patch_size)
+            if self.readout.kind == "token" and not backbone.class_token:
+                raise ValueError(
+                    "readout.kind token reads the class token, but backbone.class_token is false; use mean"
+                )
+        if self.loss == "binary_cross_entropy" and self.label_smoothing:
+            raise ValueError(
+                f"loss binary_cross_entropy takes no label_smoothing; set {self.label_smoothing:g} to 0"
+            )
+        check_micro_batch(self.run.micro_batch, self.optim.batch_size)
+        sizes = {"optim.batch_size": self.optim.batch_size, "run.micro_batch": self.run.micro_batch}
+        for key, size in sizes.items():
+            if self.mixup is not None and size is not None and size % 2:
+                raise ValueError(f"{key} {size} is odd, and mixup pairs images; use {size + 1}")
+        return self
+
+    def _check_scratch(self) -> None:
+        if self.backbone is None:
+            raise ValueError("backbone is null; give it, or init.checkpoint to fine-tune")
+        if self.data.image_size is None:
+            raise ValueError("data.image_size is null; give it, or init.checkpoint to take the checkpoint's")
+        self.backbone.resolved()
+        for key in ("mean", "std"):
+            if getattr(self.data, key) is None and self.data.channels not in (None, 3):
+                raise ValueError(
+                    f"data.{key} is null, so ImageNet's, which is for 3 channels, not {self.data.channels}; "
+                    f"use measured, or a list of {self.data.channels}"
+                )
+
+    @property
+    def inherited(self) -> frozenset[str]:
+        """Dotted keys whose value is the checkpoint's."""
+        if self.init is None:
+            return frozenset()
+        keys = ("image_size", "channels", "mean", "std")
+        data = {f"data.{key}" for key in keys if getattr(self.data, key) is None}
+        if self.backbone is None:
+            return frozenset(data | {"backbone"})
+        unstated = type(self.backbone).model_fields.keys() - self.backbone.model_fields_set
+        return frozenset(data | {f"backbone.{key}" for key in unstated})
+
+
+def check_patches(image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+    """Refuse an image that is not whole patches.
+
+    Raises:
+        ValueError: naming the nearest sizes that are.
+    """
+    square = image_size[0] == image_size[1] and patch_size[0] == patch_size[1]
+    for side, size, patch in zip(("height", "width"), image_size, patch_size, strict=True):
+        of = "" if square else f" ({side})"
+        check_multiple(f"image_size{of}", size, patch, of=f"patch_size{of} {patch}")
+
+
+def check_micro_batch(micro_batch: int | None, batch_size: int) -> None:
+    """Refuse a micro-batch that does not divide the batch.
+
+    Raises:
+        ValueError: naming the nearest that do.
+    """
+    if micro_batch is not None and batch_size % micro_batch:
+        divisors = [size for size in range(1, batch_size + 1) if not batch_size % size]
+        place = bisect(divisors, micro_batch)
+        legal = " or ".join(str(size) for size in divisors[place - 1 : place + 1])
+        raise ValueError(
+            f"run.micro_batch {micro_batch} does not divide batch_size {batch_size}; use {legal}"
+        )

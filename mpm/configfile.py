@@ -1,0 +1,157 @@
+"""Configuration files: YAML and `key=value` words to a checked configuration, and back to text."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from mpm.config import FinetuneConfig, PretrainConfig
+from mpm.config_complaints import complaints
+from mpm.config_schema import names, suggestion, unknown_keys
+from mpm.config_stated import Stated, one_line
+from mpm.config_yaml import Document, parse
+from mpm.variants import Sizes
+
+__all__ = ["ConfigError", "Loaded", "dump", "explain", "load", "same_run", "validate"]
+
+Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
+
+MOST_LINES = 5
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used: one line for each thing that is wrong, five at most."""
+
+
+class Loaded(NamedTuple, Generic[Config]):
+    """A configuration, and where each of its values came from.
+
+    Attributes:
+        config: the checked configuration.
+        origins: by dotted key: "file:LINE", "override", "variant", "checkpoint" or "default".
+    """
+
+    config: Config
+    origins: dict[str, str]
+
+
+def load(path: str | Path, overrides: Sequence[str], model: type[Config]) -> Loaded[Config]:
+    """Read a configuration file.
+
+    Args:
+        path: of the YAML file.
+        overrides: `key=value` words that replace what it states; values are YAML.
+        model: of the configuration.
+
+    Raises:
+        ConfigError: if the file cannot be read, or what it states is wrong.
+    """
+    try:
+        document = parse(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: also text that is not UTF-8
+        raise ConfigError(f"{path} is no readable YAML: {one_line(error)}") from None
+    if not isinstance(document.value, dict):
+        raise ConfigError(f"{path} holds no keys; begin with run: {{output_dir: ...}}")
+    stated = Stated(document, name=str(path), model=model)
+    for word in overrides:
+        try:
+            stated.override(word)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    config = _validate(stated, model)
+    return Loaded(config, {key: _origin(key, config, stated) for key in _values(config)})
+
+
+def validate(raw: Mapping[str, Any], model: type[Config], *, name: str) -> Config:
+    """Check a configuration given as plain data, such as a checkpoint's.
+
+    Args:
+        raw: nested dicts.
+        model: of the configuration.
+        name: of its source, for messages.
+
+    Raises:
+        ConfigError: if something in it is wrong.
+    """
+    return _validate(Stated(Document(dict(raw), {}), name=name, model=model), model)
+
+
+def _validate(stated: Stated, model: type[Config]) -> Config:
+    if unknown := list(unknown_keys([model], stated.raw)):
+        everywhere = list(names([model]))
+        raise _error(
+            f"unknown key {key.name} in {stated.place(key.name)}; {suggestion(key, everywhere)}"
+            for key in unknown
+        )
+    try:
+        return model.model_validate(stated.raw)
+    except ValidationError as error:
+        raise _error(f"{stated.place(key)}: {text}" for key, text in complaints(error, model)) from None
+
+
+def _error(lines: Iterator[str]) -> ConfigError:
+    listed = list(lines)
+    more = [f"and {len(listed) - MOST_LINES} more"] if len(listed) > MOST_LINES else []
+    return ConfigError("\n".join(listed[:MOST_LINES] + more))
+
+
+def dump(config: PretrainConfig | FinetuneConfig) -> str:
+    """YAML that loads again to an equal configuration; what is the checkpoint's is left to it."""
+    raw = config.model_dump(mode="json")
+    for key in _inherited(config):
+        section, _, name = key.partition(".")
+        if name:
+            del raw[section][name]
+    return yaml.safe_dump(raw, sort_keys=False, default_flow_style=None, width=110)
+
+
+def explain(config: PretrainConfig | FinetuneConfig, origins: Mapping[str, str]) -> str:
+    """Every value and where it came from, one a line, aligned."""
+    rows = [(key, json.dumps(value), origins.get(key, "default")) for key, value in _values(config).items()]
+    rows = [(key, "-" if origin == "checkpoint" else value, origin) for key, value, origin in rows]
+    width = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{key:{width[0]}}  {value:{width[1]}}  {origin}" for key, value, origin in rows)
+
+
+def same_run(a: PretrainConfig | FinetuneConfig, b: PretrainConfig | FinetuneConfig) -> list[str]:
+    """Dotted keys outside `run` in which two configurations differ; empty where they are the same run."""
+    left, right = (dict(_leaves(config.model_dump(mode="json"))) for config in (a, b))
+    differing = (
+        key for key in left | right if left.get(key) != right.get(key) or (key in left) != (key in right)
+    )
+    return [key for key in differing if not key.startswith("run.")]
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield key, value
+        return
+    for name, below in value.items():
+        yield from _leaves(below, f"{key}.{name}" if key else name)
+
+
+def _values(config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
+    """Every value by its dotted key, sizes filled in from the variant."""
+    values = dict(_leaves(config.model_dump(mode="json")))
+    if config.backbone is not None and not config.backbone.missing:
+        values |= {f"backbone.{key}": value for key, value in config.backbone.resolved()._asdict().items()}
+    return values
+
+
+def _origin(key: str, config: PretrainConfig | FinetuneConfig, stated: Stated) -> str:
+    if origin := stated.origin(key):
+        return origin
+    if any(f"{key}.".startswith(f"{inherited}.") for inherited in _inherited(config)):
+        return "checkpoint"
+    section, _, name = key.partition(".")
+    sized = section == "backbone" and config.backbone is not None and config.backbone.variant is not None
+    return "variant" if sized and name in Sizes._fields else "default"
+
+
+def _inherited(config: PretrainConfig | FinetuneConfig) -> frozenset[str]:
+    return config.inherited if isinstance(config, FinetuneConfig) else frozenset()

@@ -1,0 +1,253 @@
+"""Fine-tuning, from a configuration to a tested classifier: build, then one loop as in pretraining."""
+
+import json
+import logging
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpm import build, checkpoint, distributed
+from mpm.backbones.classifier import Classifier
+from mpm.backbones.cost import forward_macs
+from mpm.config import FinetuneConfig
+from mpm.data.datasets import ImageSource
+from mpm.data.loading import eval_loader
+from mpm.data.views import EvalView
+from mpm.evaluation.accuracy import Accuracy, confusion_picture, evaluate
+from mpm.inheritance import inherit, start_from, with_data
+from mpm.labelled import LabelledData, open_labelled
+from mpm.network import read_trunk
+from mpm.objectives.prepare import to_unit
+from mpm.objectives.supervised import Classification
+from mpm.objectives.targets import Normalize
+from mpm.patchify.norms import recalibrate
+from mpm.run import Run, compile_blocks, log_facts, parallel, seed_everything, started, write_picture
+from mpm.training.ceiling import matmul_flops_per_s
+from mpm.training.ema import create_ema
+from mpm.training.loop import StopRequest, train_steps
+from mpm.training.reporting import Reporter
+
+__all__ = ["finetune"]
+
+log = logging.getLogger(__name__)
+
+_EVALUATION_BATCH = 256
+_RECALIBRATION_BATCHES = 20
+
+
+def finetune(config: FinetuneConfig, *, stop_after: int | None = None) -> None:
+    """Train a classifier, or continue a run that was stopped; then look at the test images once.
+
+    SIGTERM and SIGINT save a checkpoint and return. The run's folder gets `result.json` and `confusion.png`.
+
+    Args:
+        config: as loaded from a file.
+        stop_after: finished steps at which to save and return, before the end of the schedule (dry runs).
+
+    Raises:
+        ValueError: if what the configuration says does not fit the data, the checkpoint or the machine.
+        FileNotFoundError: if there is no checkpoint to start from.
+        FloatingPointError: if the loss is not finite; the last checkpoint stays.
+        OSError: if a checkpoint could not be written; the last one stays.
+    """
+    with started(config) as device, StopRequest() as stop:
+        trunk = read_trunk(config.init.checkpoint) if config.init is not None else None
+        config = inherit(config, trunk)
+        data = open_labelled(config)
+        mean, std = _moments(config, data.train)
+        config = with_data(config, mean=mean, std=std)
+        run = Run(config, "finetune")
+        optim, cadence = config.optim, config.run
+
+        seed_everything(config.seed)
+        normalize = Normalize(mean, std).to(device)
+        network = _network(config, num_classes=len(data.classes)).to(device)
+        view = build.train_view(config.data, _image_size(config))
+        if trunk is not None and run.resumes_from is None:
+            start_from(trunk, network, config)
+            _recalibrate_stem(network, normalize, data.train, config, device)
+        objective = build.supervised(config, network)
+        compile_blocks(objective, cadence.compile, device)
+        trained = parallel(objective, device)
+        seed_everything(config.seed + distributed.rank())
+        ema = create_ema(objective, decay=config.ema.decay) if config.ema is not None else None
+
+        schedule = build.Schedule(optim, len(data.train))
+        last = min(schedule.steps, stop_after or schedule.steps)
+        optimizer = build.optimizer(optim, objective)
+        macs = _macs(config, len(data.classes))
+        reporter = Reporter(
+            run.folder,
+            total_steps=schedule.steps,
+            global_batch=optim.batch_size,
+            flops_per_image=3 * 2 * macs,
+            ceiling=matmul_flops_per_s(device, build.dtype(optim)),
+        )
+        start, metadata = run.restore(objective=objective, optimizer=optimizer, reporter=reporter, ema=ema)
+        metadata = {"best_val": -1.0, "weights": "ema" if ema else "model"} | metadata
+        metadata |= {"classes": list(data.classes)}
+        log_facts(
+            {
+                "parameters": build.parameters(network),
+                "forward": f"{macs / 1e9:.3g} GMACs an image",
+                "starts from": str(trunk.path) if trunk else "scratch",
+                "classes": str(len(data.classes)),
+                **build.facts(config, schedule, num_images=len(data.train), device=device, start=start),
+            }
+        )
+        pin = device.type == "cuda"
+        steps = train_steps(
+            trained,
+            build.training_loader(config, data.train, view, start=start, stop=last, pin_memory=pin),
+            prepare=build.prepare_labelled(
+                config, normalize=normalize, num_classes=len(data.classes), device=device
+            ),
+            optimizer=optimizer,
+            lr_at=schedule.lr_at,
+            start=start,
+            stop=last,
+            accumulate=build.accumulation(config),
+            clip_norm=optim.clip_norm,
+            dtype=build.dtype(optim),
+            ema=ema,
+        )
+        evaluate_every = config.evaluate_every or schedule.per_epoch
+        stopping = False
+        for report in steps:
+            step = report.step
+            reporter.add(report)
+            stopping = distributed.any_rank(stop.requested)
+            if step % cadence.log_every == 0 or step == last:
+                reporter.log(step)
+            best = False
+            if data.val is not None and (step % evaluate_every == 0 or step == last) and not stopping:
+                with reporter.paused():
+                    scores = _scores(objective, ema, data.val, config, normalize, device)
+                    reporter.scalars(
+                        step, {f"{name}_top1": s.top1 for name, s in scores.items()}, prefix="val/"
+                    )
+                    weights = max(scores, key=lambda name: scores[name].top1)
+                    best = scores[weights].top1 > metadata["best_val"]
+                    if best:
+                        metadata |= {"best_val": scores[weights].top1, "best_step": step, "weights": weights}
+            if step % cadence.save_every == 0 or step == last or stopping or best:
+                reporter.check_finite(step)
+                run.save(
+                    step,
+                    objective=objective,
+                    optimizer=optimizer,
+                    reporter=reporter,
+                    ema=ema,
+                    metadata=metadata,
+                    best=best,
+                )
+            if stopping:
+                log.info("stopped at step %d on request; the same command continues", step)
+                break
+        if not stopping and data.test is not None and not (run.folder / "result.json").exists():
+            _test(run, objective, ema, data, config, normalize, device)
+        reporter.close()
+
+
+def _network(config: FinetuneConfig, num_classes: int) -> Classifier:
+    assert config.backbone is not None and config.data.channels is not None
+    return build.classifier(
+        config,
+        config.backbone,
+        image_size=_image_size(config),
+        channels=config.data.channels,
+        num_classes=num_classes,
+    )
+
+
+def _image_size(config: FinetuneConfig) -> tuple[int, int]:
+    assert config.data.image_size is not None
+    return config.data.image_size
+
+
+def _recalibrate_stem(
+    network: Classifier,
+    normalize: Normalize,
+    images: ImageSource,
+    config: FinetuneConfig,
+    device: torch.device,
+) -> None:
+    """Statistics of a stem's batch norm from a few whole training images, where pretraining masked them."""
+    view = EvalView(_image_size(config), crop=1.0, interpolation=config.data.interpolation)
+    loader = eval_loader(images, view, batch_size=_EVALUATION_BATCH, workers=0)
+    batches = (normalize(to_unit(batch.images, device)) for batch in islice(loader, _RECALIBRATION_BATCHES))
+    recalibrate(network.backbone.get_submodule("stem"), batches)
+
+
+def _macs(config: FinetuneConfig, num_classes: int) -> float:
+    """Multiply-accumulates of a forward pass of one image."""
+    with torch.device("meta"):
+        network = _network(config, num_classes).eval()
+        return forward_macs(network, torch.empty(1, config.data.channels or 3, *_image_size(config)))
+
+
+def _scores(
+    objective: Classification,
+    ema: Any,
+    images: ImageSource,
+    config: FinetuneConfig,
+    normalize: Normalize,
+    device: torch.device,
+) -> dict[str, Accuracy]:
+    """Accuracy of the trained weights and, where there is one, of their average, in float32."""
+    view = EvalView(_image_size(config), crop=config.data.test_crop, interpolation=config.data.interpolation)
+    loader = eval_loader(images, view, batch_size=_EVALUATION_BATCH, workers=config.run.workers)
+    candidates = {"model": objective} | ({"ema": ema.module} if ema is not None else {})
+    scores = {}
+    for name, candidate in candidates.items():
+        was_training = candidate.training
+        candidate.eval()
+
+        def predict(batch: Tensor, network: Classifier = candidate.classifier) -> Tensor:
+            return network.predict(normalize(to_unit(batch, device)))
+
+        with torch.no_grad():
+            scores[name] = evaluate(predict, loader, num_classes=len(images.classes or ()), device=device)
+        candidate.train(was_training)
+    return scores
+
+
+def _test(
+    run: Run,
+    objective: Classification,
+    ema: Any,
+    data: LabelledData,
+    config: FinetuneConfig,
+    normalize: Normalize,
+    device: torch.device,
+) -> None:
+    """Look at the test images once, with the checkpoint that validation chose (else with the last)."""
+    assert data.test is not None
+    chosen = checkpoint.load(run.folder)
+    objective.load_state_dict(chosen.model)
+    if ema is not None and chosen.ema is not None:
+        ema.module.load_state_dict(chosen.ema)
+    scores = _scores(objective, ema, data.test, config, normalize, device)
+    if not distributed.is_main():
+        return
+    weights = chosen.metadata["weights"]
+    score = scores[weights]
+    result = {
+        "test": {name: getattr(score, name) for name in ("top1", "top5", "balanced", "macro_f1", "count")},
+        "top1_of_weights": {name: s.top1 for name, s in scores.items()},
+        "weights": weights,
+        "step": chosen.step,
+        "seed": config.seed,
+        "train_images": len(data.train),
+        "init": config.init.checkpoint if config.init else None,
+    }
+    (run.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_picture(run.folder / "confusion.png", confusion_picture(score.confusion, data.classes))
+    log.info("test images, step %d, %s weights:\n%s", chosen.step, weights, score.table(data.classes))
+
+
+def _moments(config: FinetuneConfig, images: ImageSource) -> build.Moments:
+    assert config.data.mean is not None and config.data.std is not None
+    return build.statistics(config.data.mean, config.data.std, images)

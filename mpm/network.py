@@ -1,0 +1,223 @@
+"""Networks out of checkpoints: what a file holds, and a network with its preprocessing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from mpm import build, checkpoint
+from mpm.backbones.adapt import adapt_state
+from mpm.backbones.backbone import Backbone
+from mpm.backbones.classifier import Classifier
+from mpm.config import Backbone as BackboneConfig
+from mpm.config import FinetuneConfig, PretrainConfig
+from mpm.data.views import EvalView
+from mpm.objectives.prepare import to_unit
+from mpm.objectives.targets import Normalize
+from mpm.patchify.patches import grid_of
+
+__all__ = ["Network", "Trunk", "load", "part_of", "read_trunk"]
+
+
+class Trunk(NamedTuple):
+    """A backbone as a checkpoint holds it.
+
+    Attributes:
+        path: of the checkpoint.
+        step: finished steps.
+        backbone: its configuration.
+        image_size: height and width it was trained at, in pixels.
+        channels: of the images.
+        mean: per channel, in [0,1].
+        std: per channel, in [0,1].
+        state: everything in the file by part: "backbone", "predictor", "readout", "heads".
+    """
+
+    path: Path
+    step: int
+    backbone: BackboneConfig
+    image_size: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    state: dict[str, dict[str, Tensor]]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per side (rows, columns)."""
+        return grid_of(self.image_size, self.backbone.resolved().patch_size)
+
+    def weights_for(self, backbone: Backbone, *, channels: int) -> dict[str, Tensor]:
+        """The backbone's weights, adapted to another grid, other channels, and a relative bias per block."""
+        return adapt_state(
+            self.state["backbone"],
+            grids=(self.grid, backbone.grid),
+            channels=(self.channels, channels),
+            depth=backbone.depth if len(backbone.relative_biases) > 1 else 0,
+        )
+
+
+def read_trunk(path: str | Path) -> Trunk:
+    """The backbone of a pretraining or fine-tuning checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if it is broken.
+    """
+    saved = checkpoint.load(path)
+    config = _config_of(saved)
+    data = config.data
+    assert config.backbone is not None and data.image_size is not None and data.channels is not None
+    assert data.mean is not None and data.std is not None
+    mean, std = build.statistics(data.mean, data.std)
+    return Trunk(
+        path=saved.path,
+        step=saved.step,
+        backbone=config.backbone,
+        image_size=data.image_size,
+        channels=data.channels,
+        mean=mean,
+        std=std,
+        state={
+            part: part_of(_weights(saved), part) for part in ("backbone", "predictor", "readout", "heads")
+        },
+    )
+
+
+def part_of(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    """The state dict of a part of an objective, which may lie in its classifier."""
+    prefixes = (f"{part}.", f"classifier.{part}.")
+    return {name[len(p) :]: t for name, t in state.items() for p in prefixes if name.startswith(p)}
+
+
+def _weights(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
+    """The weights that were the better ones: the trained or the averaged."""
+    return saved.ema if saved.ema is not None and saved.metadata.get("weights") == "ema" else saved.model
+
+
+def _config_of(saved: checkpoint.Checkpoint) -> PretrainConfig | FinetuneConfig:
+    kinds: dict[str, TypeAdapter[Any]] = {
+        "pretrain": TypeAdapter(PretrainConfig),
+        "finetune": TypeAdapter(FinetuneConfig),
+    }
+    return kinds[saved.metadata["kind"]].validate_python(saved.config)
+
+
+class Network(nn.Module):
+    """A trained network with its preprocessing, in eval mode; it never masks.
+
+    Attributes:
+        backbone: the encoder.
+        classifier: with a readout and heads; None: pretrained only.
+        classes: names of the classes, in the order of the scores.
+        image_size: height and width of the images it gets, in pixels.
+        channels: of them.
+        view: resizes and crops an image [C,H,W] to what the network gets.
+        step: finished steps of the checkpoint.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        norm: nn.Module,
+        normalize: Normalize,
+        view: EvalView,
+        channels: int,
+        step: int,
+        classifier: Classifier | None = None,
+        classes: tuple[str, ...] = (),
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.norm = norm
+        self.normalize = normalize
+        self.view = view
+        self.image_size = view.image_size
+        self.channels = channels
+        self.step = step
+        self.classifier = classifier
+        self.classes = classes
+        self.eval()
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """The mean of the normalised patch tokens.
+
+        Args:
+            images: [B,C,H,W] of the network's size, uint8 or float32 in [0,1].
+
+        Returns: float32 [B,D].
+        """
+        return self.norm(self.backbone(self._input(images)).patches).mean(1)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """Probabilities of the classes.
+
+        Args:
+            images: [B,C,H,W] of the network's size, uint8 or float32 in [0,1].
+
+        Returns: float32 [B,L].
+
+        Raises:
+            ValueError: if the checkpoint is of pretraining.
+        """
+        if self.classifier is None:
+            raise ValueError("this checkpoint is of pretraining and has no classes; fine-tune it first")
+        return self.classifier.predict(self._input(images)).softmax(1)
+
+    def preprocess(self, images: Sequence[Tensor]) -> Tensor:
+        """Images [C,H,W] of any size as one batch [B,C,h,w]."""
+        return torch.stack([self.view(image) for image in images])
+
+    def _input(self, images: Tensor) -> Tensor:
+        return self.normalize(to_unit(images, self.normalize.mean.device))
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu") -> Network:
+    """The network of a checkpoint, ready to use.
+
+    Args:
+        path: a run's folder (its best checkpoint, else its newest) or a checkpoint's.
+        device: where it runs.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if it is broken.
+    """
+    saved = checkpoint.load(path)
+    trunk = read_trunk(saved.path)
+    config = _config_of(saved)
+    classifier = None
+    if isinstance(config, FinetuneConfig):
+        classifier = build.classifier(
+            config,
+            trunk.backbone,
+            image_size=trunk.image_size,
+            channels=trunk.channels,
+            num_classes=len(saved.metadata["classes"]),
+        )
+        classifier.load_state_dict(part_of(_weights(saved), "classifier"))
+        backbone, norm = classifier.backbone, classifier.readout.norm
+        crop, interpolation = config.data.test_crop, config.data.interpolation
+    else:
+        backbone = build.backbone(trunk.backbone, image_size=trunk.image_size, channels=trunk.channels)
+        backbone.load_state_dict(trunk.state["backbone"])
+        norm = nn.LayerNorm(backbone.dim, eps=1e-6)
+        norm.load_state_dict(part_of(trunk.state["predictor"], "norm"))
+        crop, interpolation = 1.0, config.data.interpolation
+    network = Network(
+        backbone,
+        norm=norm,
+        normalize=Normalize(trunk.mean, trunk.std),
+        view=EvalView(trunk.image_size, crop=crop, interpolation=interpolation),
+        channels=trunk.channels,
+        step=saved.step,
+        classifier=classifier,
+        classes=tuple(saved.metadata.get("classes", ())),
+    )
+    return network.to(device)

@@ -1,0 +1,152 @@
+"""Pretraining, from a configuration to checkpoints: build, then one loop whose cadence is in plain sight."""
+
+import logging
+
+import torch
+
+from mpm import build, distributed
+from mpm.backbones.cost import forward_macs
+from mpm.config import PretrainConfig
+from mpm.data.datasets import ImageSource
+from mpm.monitoring import Monitor
+from mpm.network import read_trunk
+from mpm.objectives.masked import MaskedInputs, MaskedPrediction
+from mpm.objectives.prepare import PrepareMasked
+from mpm.objectives.targets import Normalize
+from mpm.patchify.masks import PatchMask
+from mpm.run import Run, compile_blocks, log_facts, parallel, seed_everything, started, write_picture
+from mpm.training.ceiling import matmul_flops_per_s
+from mpm.training.loop import StopRequest, train_steps
+from mpm.training.reporting import Reporter
+
+__all__ = ["pretrain"]
+
+log = logging.getLogger(__name__)
+
+
+def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> None:
+    """Pretrain, or continue a run that was stopped.
+
+    SIGTERM and SIGINT save a checkpoint and return.
+
+    Args:
+        config: as loaded from a file.
+        stop_after: finished steps at which to save and return, before the end of the schedule (dry runs).
+
+    Raises:
+        ValueError: if what the configuration says does not fit the data or the machine.
+        FloatingPointError: if the loss is not finite; the last checkpoint stays.
+        OSError: if a checkpoint could not be written; the last one stays.
+    """
+    with started(config) as device, StopRequest() as stop:
+        data, optim, cadence = config.data, config.optim, config.run
+        images = build.source(data, image_size=data.image_size, channels=data.channels, labelled=False)
+        mean, std = build.statistics(data.mean, data.std, images)
+        config = config.model_copy(update={"data": data.model_copy(update={"mean": mean, "std": std})})
+        run = Run(config, "pretrain")
+
+        seed_everything(config.seed)
+        normalize = Normalize(mean, std).to(device)
+        target = build.target(config, normalize)
+        objective = build.objective(config, target.out_dim).to(device)
+        if config.init is not None and run.resumes_from is None:
+            _continue_from(config.init.checkpoint, objective, config)
+        compile_blocks(objective, cadence.compile, device)
+        trained = parallel(objective, device)
+        seed_everything(config.seed + distributed.rank())
+
+        schedule = build.Schedule(optim, len(images))
+        last = min(schedule.steps, stop_after or schedule.steps)
+        optimizer = build.optimizer(optim, objective)
+        macs = _macs(config, target.out_dim)
+        reporter = Reporter(
+            run.folder,
+            total_steps=schedule.steps,
+            global_batch=optim.batch_size,
+            flops_per_image=3 * 2 * macs,  # the backward pass costs two forward passes
+            ceiling=matmul_flops_per_s(device, build.dtype(optim)),
+        )
+        start, _ = run.restore(objective=objective, optimizer=optimizer, reporter=reporter)
+        monitor = Monitor(config, images, target=target, normalize=normalize, device=device)
+        log_facts(_facts(config, objective, schedule, macs=macs, images=images, device=device, start=start))
+
+        view = build.pretrain_view(config)
+        pin = device.type == "cuda"
+        batches = build.training_loader(config, images, view, start=start, stop=last, pin_memory=pin)
+        steps = train_steps(
+            trained,
+            batches,
+            prepare=PrepareMasked(target, normalize=normalize, num_masked=config.num_masked, device=device),
+            optimizer=optimizer,
+            lr_at=schedule.lr_at,
+            start=start,
+            stop=last,
+            accumulate=build.accumulation(config),
+            clip_norm=optim.clip_norm,
+            dtype=build.dtype(optim),
+        )
+        for report in steps:
+            step = report.step
+            reporter.add(report)
+            stopping = distributed.any_rank(stop.requested)
+            if step % cadence.log_every == 0 or step == last:
+                reporter.log(step)
+            if (step % config.monitor.every == 0 or step == last) and not stopping:
+                with reporter.paused():
+                    signals, picture = monitor.look(objective)
+                    reporter.scalars(step, signals, prefix="probe/")
+                    if picture is not None:
+                        reporter.image("reconstructions", picture, step)
+                        write_picture(run.folder / "reconstructions.png", picture)
+            if step % cadence.save_every == 0 or step == last or stopping:
+                reporter.check_finite(step)
+                run.save(step, objective=objective, optimizer=optimizer, reporter=reporter, metadata={})
+            if stopping:
+                log.info("stopped at step %d on request; the same command continues", step)
+                break
+        reporter.close()
+
+
+def _continue_from(path: str, objective: MaskedPrediction, config: PretrainConfig) -> None:
+    """Load the backbone, and the predictor where it is the same, from an earlier run."""
+    trunk = read_trunk(path)
+    build.check_same_trunk(trunk.backbone, config.backbone, path)
+    channels = config.data.channels
+    objective.backbone.load_state_dict(trunk.weights_for(objective.backbone, channels=channels))
+    predictor = objective.get_submodule("predictor")
+    own, theirs = predictor.state_dict(), trunk.state["predictor"]
+    same = {name: t.shape for name, t in own.items()} == {name: t.shape for name, t in theirs.items()}
+    if same:
+        predictor.load_state_dict(theirs)
+    parts = "backbone and predictor" if same else "backbone; the predictor is another one and starts fresh"
+    log.info("continuing from %s: %s", trunk.path, parts)
+
+
+def _macs(config: PretrainConfig, out_dim: int) -> float:
+    """Multiply-accumulates of a masked forward pass of one image."""
+    N, M = config.num_patches, config.num_masked
+    with torch.device("meta"):
+        objective = build.objective(config, out_dim).eval()
+        mask = PatchMask(torch.empty(1, N - M, dtype=torch.int64), torch.empty(1, M, dtype=torch.int64))
+        images = torch.empty(1, config.data.channels, *config.data.image_size)
+        return forward_macs(
+            objective, MaskedInputs(images, mask, torch.empty(1, M, out_dim)), torch.empty(())
+        )
+
+
+def _facts(
+    config: PretrainConfig,
+    objective: MaskedPrediction,
+    schedule: build.Schedule,
+    *,
+    macs: float,
+    images: ImageSource,
+    device: torch.device,
+    start: int,
+) -> dict[str, str]:
+    return {
+        "parameters": build.parameters(objective),
+        "forward": f"{macs / 1e9:.3g} GMACs an image",
+        "masked": f"{config.num_masked} of {config.num_patches} patches",
+        **build.facts(config, schedule, num_images=len(images), device=device, start=start),
+    }

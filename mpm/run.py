@@ -1,0 +1,198 @@
+"""One run: its folder, what it continues from, and how it saves. Both scripts use it."""
+
+import logging
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mpm import checkpoint, configfile, distributed
+from mpm.backbones.blocks import Block
+from mpm.config import FinetuneConfig, PretrainConfig
+from mpm.training.allocator import keep_freed_memory
+from mpm.training.reporting import Reporter
+
+__all__ = ["Run", "compile_blocks", "log_facts", "parallel", "seed_everything", "started", "write_picture"]
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def started(config: PretrainConfig | FinetuneConfig) -> Iterator[torch.device]:
+    """Processes, threads, allocator and random generators of a run; leaves the process group at the end."""
+    device = distributed.start(config.run.device, threads=config.run.threads)
+    try:
+        if device.type == "cpu" and config.run.tune_allocator:
+            keep_freed_memory()
+        yield device
+    finally:
+        distributed.stop()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators, which dropped paths, mixing and erasing draw from."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  timm's Mixup draws from it
+
+
+def parallel(objective: nn.Module, device: torch.device) -> nn.Module:
+    """The objective, in DDP where there are several processes."""
+    if distributed.world_size() == 1:
+        return objective
+    return DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None)
+
+
+def compile_blocks(objective: nn.Module, choice: str | bool, device: torch.device) -> None:
+    """`torch.compile` for each block in place; names of parameters stay."""
+    if choice is True or (choice == "auto" and device.type == "cuda"):
+        for block in objective.modules():
+            if isinstance(block, Block):
+                block.compile()
+
+
+def log_facts(facts: dict[str, str]) -> None:
+    """One block that says what is about to happen."""
+    width = max(map(len, facts))
+    log.info("\n".join(["what runs:", *(f"  {name:<{width}}  {fact}" for name, fact in facts.items())]))
+
+
+def write_picture(file: Path, picture: Tensor) -> None:
+    """Write uint8 [3,H,W] as PNG, on the main process."""
+    if distributed.is_main():
+        from PIL import Image
+
+        Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(file)
+
+
+def _log_to(file: Path) -> None:
+    """Write what is logged to a file too; lines of earlier processes of the run stay."""
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logging.getLogger("mpm").addHandler(handler)
+
+
+class Run:
+    """The folder of a run.
+
+    Args:
+        config: resolved, as it is written to the folder and into every checkpoint.
+        kind: "pretrain" or "finetune".
+
+    Attributes:
+        folder: `run.output_dir`.
+        resumes_from: the newest complete checkpoint of this same run, if there is one.
+
+    Raises:
+        ValueError: if the folder holds a different run, or any where `run.resume` is never.
+    """
+
+    def __init__(self, config: PretrainConfig | FinetuneConfig, kind: str):
+        self.config = config
+        self.kind = kind
+        self.folder = Path(config.run.output_dir)
+        self.resumes_from: Path | None = None
+        refusal = None
+        if distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.resumes_from = checkpoint.latest(self.folder)
+            refusal = self._refusal()
+        self.resumes_from, refusal = distributed.broadcast_object((self.resumes_from, refusal))
+        if refusal:
+            raise ValueError(refusal)
+        if distributed.is_main():
+            (self.folder / "config.yaml").write_text(configfile.dump(config), encoding="utf-8")
+            _log_to(self.folder / "log.txt")
+
+    def _refusal(self) -> str | None:
+        """Why this folder must not be written to."""
+        written = self.folder / "config.yaml"
+        if not written.exists():
+            return None
+        ways = "choose another run.output_dir, or remove that folder"
+        if self.config.run.resume == "never":
+            return f"{self.folder} already holds a run and run.resume is never; {ways}"
+        try:
+            earlier, _ = configfile.load(written, [], type(self.config))
+        except configfile.ConfigError as error:
+            return f"{self.folder} already holds a run that cannot be read ({error}); {ways}"
+        differing = configfile.same_run(earlier, self.config)
+        if differing:
+            return f"{self.folder} already holds a different run (differs in {', '.join(differing)}); {ways}"
+        return None
+
+    def save(
+        self,
+        step: int,
+        *,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        reporter: Reporter,
+        ema: Any = None,
+        metadata: dict[str, Any],
+        best: bool = False,
+    ) -> Path:
+        """A checkpoint, on every process; see `mpm.checkpoint`."""
+        device = next(objective.parameters()).device
+        own = {"rng": checkpoint.rng_state(device), "reporter": reporter.state_dict()}
+        train_state = {"optimizer": optimizer.state_dict(), "processes": distributed.gather_objects(own)}
+        with reporter.paused():
+            begin = time.perf_counter()
+            path = checkpoint.save(
+                self.folder,
+                step=step,
+                config=self.config.model_dump(mode="json"),
+                metadata={"kind": self.kind, **metadata},
+                model=objective.state_dict(),
+                ema=None if ema is None else ema.module.state_dict(),
+                train_state=train_state,
+                keep=self.config.run.keep,
+                best=best,
+            )
+            log.info("saved %s in %.1f s", path, time.perf_counter() - begin)
+        return path
+
+    def restore(
+        self,
+        *,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        reporter: Reporter,
+        ema: Any = None,
+    ) -> tuple[int, dict[str, Any]]:
+        """Continue where the newest checkpoint stopped; on the same number of processes bit by bit.
+
+        Returns: finished steps (0 for a new run) and the checkpoint's metadata.
+        """
+        if self.resumes_from is None:
+            reporter.resume(0)
+            return 0, {}
+        saved = checkpoint.load(self.resumes_from)
+        state = checkpoint.load_train_state(self.resumes_from)
+        objective.load_state_dict(saved.model)
+        optimizer.load_state_dict(state["optimizer"])
+        if ema is not None:
+            assert saved.ema is not None
+            ema.module.load_state_dict(saved.ema)
+        reporter.resume(saved.step)
+        processes = state["processes"]
+        if len(processes) == distributed.world_size():
+            own = processes[distributed.rank()]
+            device = next(objective.parameters()).device
+            reporter.load_state_dict(own["reporter"], device=device)
+            checkpoint.set_rng_state(own["rng"], device)
+        else:
+            log.warning(
+                "%d processes continue a run of %d: same images and rates, other random draws inside the network",
+                distributed.world_size(),
+                len(processes),
+            )
+        log.info("continuing %s from step %d", self.folder, saved.step)
+        return saved.step, saved.metadata

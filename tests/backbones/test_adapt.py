@@ -1,0 +1,69 @@
+import pytest
+import torch
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+
+from mpm.backbones.adapt import adapt_state, resample_relative_bias
+from tests.networks import make_backbone, make_stem, random_images, randomize
+
+SAME_CHANNELS = (3, 3)
+
+
+@pytest.mark.parametrize(("old", "new"), [((3, 4), (6, 8)), ((4, 4), (7, 5)), ((3, 4), (2, 3))])
+def test_positions_of_another_grid_equal_timms(old, new) -> None:
+    backbone = randomize(make_backbone(grid=old))
+    state = adapt_state(backbone.state_dict(), grids=(old, new), channels=SAME_CHANNELS, depth=0)
+    expected = resample_abs_pos_embed(
+        backbone.positions.table[None], list(new), list(old), num_prefix_tokens=0, antialias=False
+    )
+    assert torch.equal(state["positions.table"], expected[0])
+    make_backbone(grid=new).load_state_dict(state)  # and nothing else changes its shape
+
+
+@pytest.mark.parametrize("num_prefix", [0, 1])
+@pytest.mark.parametrize(("old", "new"), [(3, 5), (5, 4), (2, 6)])
+def test_relative_biases_of_another_grid_equal_timms(old: int, new: int, num_prefix: int) -> None:
+    options = {"learned_positions": None, "relative_bias": "per_block", "num_prefix": num_prefix}
+    backbone = randomize(make_backbone(grid=(old, old), **options))
+    state = adapt_state(
+        backbone.state_dict(), grids=((old, old), (new, new)), channels=SAME_CHANNELS, depth=0
+    )
+    larger = make_backbone(grid=(new, new), **options)
+    larger.load_state_dict(state)
+    for index, bias in enumerate(backbone.relative_biases):
+        table, found = bias.bias_table.detach(), larger.relative_biases[index].bias_table
+        expected = resize_rel_pos_bias_table(table, (new, new), tuple(found.shape))
+        assert torch.equal(found, expected)
+        if num_prefix:
+            assert torch.equal(found[-3:], table[-3:])
+
+
+def test_a_relative_bias_is_resampled_between_squares_only() -> None:
+    table = torch.randn(35, 2)
+    with pytest.raises(ValueError, match="between square grids only, not 3x4"):
+        resample_relative_bias(table, (3, 4), (6, 6))
+    assert resample_relative_bias(table, (3, 4), (3, 4)) is table
+
+
+def test_a_shared_bias_is_copied_to_every_block() -> None:
+    """BEiT's fine-tuning: the network is the same until the copies learn apart."""
+    shared = randomize(make_backbone(relative_bias="shared"))
+    grids = (shared.grid, shared.grid)
+    per_block = make_backbone(relative_bias="per_block")
+    randomize(per_block)
+    per_block.load_state_dict(adapt_state(shared.state_dict(), grids=grids, channels=SAME_CHANNELS, depth=2))
+    images = random_images()
+    assert torch.equal(per_block(images).patches, shared(images).patches)
+
+
+@pytest.mark.parametrize("kind", ["linear", "hmlp-layer", "conv-layer"])
+@pytest.mark.parametrize(("old", "new"), [(3, 1), (1, 3), (2, 13), (3, 3)])
+def test_equal_channels_give_the_same_tokens(kind: str, old: int, new: int) -> None:
+    """A grey image shown in one, three or thirteen equal channels."""
+    before, after = (randomize(make_stem(kind, channels=channels)) for channels in (old, new))
+    state = {f"stem.{name}": tensor for name, tensor in before.state_dict().items()}
+    adapted = adapt_state(state, grids=((3, 4), (3, 4)), channels=(old, new), depth=0)
+    after.load_state_dict({name.removeprefix("stem."): tensor for name, tensor in adapted.items()})
+    grey = random_images(channels=1)
+    torch.testing.assert_close(
+        after(grey.expand(-1, new, -1, -1)), before(grey.expand(-1, old, -1, -1)), rtol=1e-4, atol=1e-4
+    )

@@ -1,0 +1,176 @@
+import os
+import signal
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from mpm.data.loading import BatchLoader, PretrainBatch, ViewDataset, eval_loader, train_loader
+from mpm.data.stream import EpochStream
+from mpm.data.views import EvalView, PretrainView, TrainView
+from mpm.patchify.masks import RandomMask
+
+PRETRAIN = PretrainView(
+    (8, 8), mask_sampler=RandomMask((4, 4), count=10), color_jitter=0.2, target_size=(4, 4)
+)
+TRAIN = TrainView((8, 8), rand_augment="rand-m9-mstd0.5-inc1")
+
+
+def loader(source, view, *, workers=0, steps=(0, 6), batch_size=8, **options) -> BatchLoader:
+    stream = EpochStream(len(source), batch_size, seed=0, start_step=steps[0], stop_step=steps[1], **options)
+    return train_loader(ViewDataset(source, view, seed=5), stream, workers=workers)
+
+
+def test_pretraining_batches_are_eight_bit_with_exact_masks(memory_images: Callable) -> None:
+    batches = list(loader(memory_images(40, (3, 12, 10)), PRETRAIN))
+    assert len(batches) == 6
+    for batch in batches:
+        assert batch.images.dtype == batch.target_images.dtype == torch.uint8
+        assert batch.images.shape == (8, 3, 8, 8)
+        assert batch.target_images.shape == (8, 3, 4, 4)
+        assert batch.masked.dtype == torch.bool
+        assert batch.masked.sum(1).tolist() == [10] * 8
+        assert batch.index.dtype == torch.int64
+
+
+@pytest.mark.parametrize("view", [PRETRAIN, TRAIN], ids=["pretrain", "train"])
+def test_batches_do_not_depend_on_workers(memory_images: Callable, view: PretrainView | TrainView) -> None:
+    source = memory_images(20, num_classes=3)
+    alone, helped = (list(loader(source, view, workers=workers)) for workers in (0, 2))
+    for one, other in zip(alone, helped, strict=True):
+        torch.testing.assert_close(one, other, atol=0, rtol=0)
+
+
+def test_batches_do_not_depend_on_processes(memory_images: Callable) -> None:
+    source = memory_images(20)
+    shares = [list(loader(source, PRETRAIN, rank=rank, world_size=2)) for rank in range(2)]
+    for whole, *parts in zip(loader(source, PRETRAIN), *shares, strict=True):
+        for name in PretrainBatch._fields:
+            torch.testing.assert_close(
+                torch.cat([getattr(part, name) for part in parts]), getattr(whole, name), atol=0, rtol=0
+            )
+
+
+def test_resumed_batches_equal_the_uninterrupted_ones(memory_images: Callable) -> None:
+    source = memory_images(20)
+    whole = list(loader(source, PRETRAIN))
+    torch.testing.assert_close(list(loader(source, PRETRAIN, steps=(4, 6))), whole[4:], atol=0, rtol=0)
+
+
+def test_loading_leaves_the_global_generators_alone(memory_images: Callable) -> None:
+    batches = loader(memory_images(20, num_classes=2), TRAIN)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    list(batches)
+    assert torch.equal(before[0], torch.get_rng_state())
+    np.testing.assert_array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_epochs_and_repeats_see_other_crops_and_masks(memory_images: Callable) -> None:
+    batches = list(loader(memory_images(4), PRETRAIN, batch_size=8, steps=(0, 2)))
+    first = [batch.index.tolist().index(0) for batch in batches]
+    again = batches[0].index.tolist().index(0, first[0] + 1)
+    samples = [(0, first[0]), (0, again), (1, first[1])]
+    assert len({batches[step].images[row].numpy().tobytes() for step, row in samples}) == 3
+    assert len({batches[step].masked[row].numpy().tobytes() for step, row in samples}) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_images_are_replaced_counted_once_and_named(
+    memory_images: Callable, caplog: pytest.LogCaptureFixture, workers: int
+) -> None:
+    source = memory_images(200, broken={17, 18})
+    batches = loader(source, PRETRAIN, workers=workers, steps=(0, 50))  # two epochs
+    seen = torch.cat([batch.index for batch in batches])
+    assert set(batches.broken) == {17, 18}
+    assert sorted(seen.tolist()) == sorted(2 * [*range(17), 19, 19, *range(19, 200)])
+    assert sorted(record.args[0].split(":")[0] for record in caplog.records) == [
+        "cannot read memory/17",
+        "cannot read memory/18",
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("broken", [{3, 50, 120}, set(range(200))])
+def test_more_than_one_percent_broken_is_an_error(
+    memory_images: Callable, broken: set[int], workers: int
+) -> None:
+    with pytest.raises(ValueError, match=r"[34] of 200 images cannot be read.*memory/") as caught:
+        list(loader(memory_images(200, broken=broken), PRETRAIN, workers=workers, steps=(0, 25)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_does_not_fit_is_told_in_one_line(memory_images: Callable, workers: int) -> None:
+    with pytest.raises(ValueError, match="color_jitter works on 1 or 3 channels") as caught:
+        list(loader(memory_images(20, (5, 9, 9)), PRETRAIN, workers=workers))
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_mask_count_does_not_reach_the_device(memory_images: Callable) -> None:
+    class Uneven:
+        count = 10
+
+        def __call__(self, rng: np.random.Generator) -> np.ndarray:
+            return rng.random(16) < 0.6
+
+    with pytest.raises(AssertionError, match="same number"):
+        list(loader(memory_images(20), PretrainView((8, 8), mask_sampler=Uneven())))
+
+
+def test_labels_and_missing_labels(memory_images: Callable) -> None:
+    for batch in loader(memory_images(20, num_classes=3), TRAIN):
+        assert torch.equal(batch.labels, batch.index % 3)
+    for batch in loader(memory_images(20), TRAIN):
+        assert (batch.labels == -1).all()
+
+
+def test_mixed_depths_become_float(memory_images: Callable) -> None:
+    class MixedDepths:
+        classes = None
+        shallow = memory_images(16)
+
+        def __len__(self) -> int:
+            return 16
+
+        def read(self, index: int) -> torch.Tensor:
+            image = self.shallow.read(index)
+            return image / 255 if index % 2 else image
+
+    view = TrainView((8, 8))
+    mixed = next(iter(loader(MixedDepths(), view, batch_size=16)))
+    assert mixed.images.dtype == torch.float32
+    shallow = next(iter(loader(MixedDepths.shallow, view, batch_size=16)))
+    # 8 bits are rounded once per axis, and clamped in between
+    torch.testing.assert_close(mixed.images, shallow.images / 255, atol=3 / 255, rtol=0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_sees_each_image_once(
+    memory_images: Callable, monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
+    source = memory_images(10, num_classes=3)
+    seen = []
+    for rank in range(world_size):
+        monkeypatch.setattr("mpm.distributed.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("mpm.distributed.world_size", lambda: world_size)
+        for batch in eval_loader(source, EvalView((8, 8)), batch_size=4, workers=0):
+            assert torch.equal(batch.labels, batch.index % 3)
+            seen += batch.index.tolist()
+    assert sorted(seen) == list(range(10))
+
+
+def test_evaluation_does_not_replace_broken_images(memory_images: Callable) -> None:
+    with pytest.raises(ValueError, match="cannot read memory/7"):
+        list(eval_loader(memory_images(500, broken={7}), EvalView((8, 8)), batch_size=4, workers=0))
+
+
+def test_workers_outlive_a_signal_to_the_group(memory_images: Callable) -> None:
+    batches = iter(loader(memory_images(20), PRETRAIN, workers=1, steps=(0, 20)))
+    next(batches)
+    import multiprocessing
+
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGTERM)
+    os.kill(worker.pid, signal.SIGINT)
+    assert len(list(batches)) == 19
