@@ -376,22 +376,3 @@ def facts(
         "device": f"{device}, {optim.dtype}, {torch.get_num_threads()} thread(s) a process",
         "writes to": str(config.run.output_dir),
     }
-
-
-def check_same_trunk(saved: cfg.Backbone, wanted: cfg.Backbone, path: object) -> None:
-    """Refuse a checkpoint of another architecture; only `drop_path` and `initialization` may differ.
-
-    Raises:
-        ValueError: naming the first key that differs.
-    """
-    for key, theirs in _architecture(saved).items():
-        if theirs != (ours := _architecture(wanted)[key]):
-            raise ValueError(
-                f"{path} holds another architecture: its backbone.{key} is {theirs}, not {ours}; "
-                f"leave backbone.{key} out, or choose another init.checkpoint"
-            )
-
-
-def _architecture(config: cfg.Backbone) -> dict[str, Any]:
-    free = {"variant", "drop_path", "initialization"}
-    return config.model_dump(mode="json", exclude=free) | config.resolved()._asdict()

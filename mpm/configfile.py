@@ -9,10 +9,10 @@ import yaml
 from pydantic import ValidationError
 
 from mpm.config import FinetuneConfig, PretrainConfig
-from mpm.config_complaints import complaints
-from mpm.config_schema import names, suggestion, unknown_keys
-from mpm.config_stated import Stated, one_line
-from mpm.config_yaml import Document, parse
+from mpm.config.complaints import complaints
+from mpm.config.schema import names, suggestion, unknown_keys
+from mpm.config.stated import Stated, one_line
+from mpm.config.yaml import Document, parse
 from mpm.variants import Sizes
 
 __all__ = ["ConfigError", "Loaded", "dump", "explain", "load", "same_run", "validate"]

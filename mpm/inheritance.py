@@ -3,7 +3,6 @@
 import logging
 from typing import Any
 
-from mpm import build
 from mpm.backbones.classifier import Classifier
 from mpm.config import FinetuneConfig
 from mpm.network import Trunk, part_of
@@ -29,10 +28,8 @@ def inherit(config: FinetuneConfig, trunk: Trunk | None) -> FinetuneConfig:
         return with_data(
             config, **{key: value for key, value in defaults.items() if getattr(data, key) is None}
         )
-    stated = {} if config.backbone is None else config.backbone.model_dump(exclude_unset=True)
-    merged = type(trunk.backbone).model_validate(trunk.backbone.model_dump() | stated)
-    build.check_same_trunk(trunk.backbone, merged, trunk.path)
-    positions = merged.positions
+    backbone = trunk.backbone if config.backbone is None else config.backbone.over(trunk.backbone)
+    positions = backbone.positions
     loosened = positions.model_copy(
         update={
             "table": "learned" if positions.table == "sincos" else positions.table,
@@ -45,13 +42,13 @@ def inherit(config: FinetuneConfig, trunk: Trunk | None) -> FinetuneConfig:
     config = with_data(
         config, **{key: value for key, value in inherited.items() if getattr(data, key) is None}
     )
-    return config.model_copy(update={"backbone": merged.model_copy(update={"positions": loosened})})
+    return config.model_copy(update={"backbone": backbone.model_copy(update={"positions": loosened})})
 
 
 def start_from(trunk: Trunk, network: Classifier, config: FinetuneConfig) -> None:
     """Load the checkpoint's backbone, resampled where the images are of another size.
 
-    A token readout takes over the norm that the checkpoint's reader had; a mean readout starts with a fresh one.
+    A token readout takes over the norm that the checkpoint's reader had; a mean readout starts afresh.
     """
     assert config.data.channels is not None
     network.backbone.load_state_dict(trunk.weights_for(network.backbone, channels=config.data.channels))

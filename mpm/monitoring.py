@@ -69,8 +69,8 @@ class Monitor:
     def look(self, objective: MaskedPrediction) -> tuple[dict[str, float], Tensor | None]:
         """Signals by name, and reconstructions uint8 [3,H,W]; every process calls it.
 
-        RankMe (effective rank of the features) and their deviation fall where features collapse; k-NN accuracy
-        needs labels.
+        RankMe (the effective rank of the features) and their deviation fall where features collapse; k-NN needs
+        labels.
         """
         was_training = objective.training
         objective.eval()

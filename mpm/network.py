@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from mpm import build, checkpoint
+from mpm import build, checkpoint, configfile
 from mpm.backbones.adapt import adapt_state
 from mpm.backbones.backbone import Backbone
 from mpm.backbones.classifier import Classifier
@@ -99,11 +98,9 @@ def _weights(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
 
 
 def _config_of(saved: checkpoint.Checkpoint) -> PretrainConfig | FinetuneConfig:
-    kinds: dict[str, TypeAdapter[Any]] = {
-        "pretrain": TypeAdapter(PretrainConfig),
-        "finetune": TypeAdapter(FinetuneConfig),
-    }
-    return kinds[saved.metadata["kind"]].validate_python(saved.config)
+    if saved.metadata["kind"] == "pretrain":
+        return configfile.validate(saved.config, PretrainConfig, name=str(saved.path))
+    return configfile.validate(saved.config, FinetuneConfig, name=str(saved.path))
 
 
 class Network(nn.Module):

@@ -9,7 +9,7 @@ from mpm.backbones.cost import forward_macs
 from mpm.config import PretrainConfig
 from mpm.data.datasets import ImageSource
 from mpm.monitoring import Monitor
-from mpm.network import read_trunk
+from mpm.network import Trunk, read_trunk
 from mpm.objectives.masked import MaskedInputs, MaskedPrediction
 from mpm.objectives.prepare import PrepareMasked
 from mpm.objectives.targets import Normalize
@@ -40,6 +40,9 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> None:
     """
     with started(config) as device, StopRequest() as stop:
         data, optim, cadence = config.data, config.optim, config.run
+        trunk = read_trunk(config.init.checkpoint) if config.init is not None else None
+        if trunk is not None:
+            config = config.model_copy(update={"backbone": config.backbone.over(trunk.backbone)})
         images = build.source(data, image_size=data.image_size, channels=data.channels, labelled=False)
         mean, std = build.statistics(data.mean, data.std, images)
         config = config.model_copy(update={"data": data.model_copy(update={"mean": mean, "std": std})})
@@ -49,8 +52,8 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> None:
         normalize = Normalize(mean, std).to(device)
         target = build.target(config, normalize)
         objective = build.objective(config, target.out_dim).to(device)
-        if config.init is not None and run.resumes_from is None:
-            _continue_from(config.init.checkpoint, objective, config)
+        if trunk is not None and run.resumes_from is None:
+            _continue_from(trunk, objective, channels=data.channels)
         compile_blocks(objective, cadence.compile, device)
         trained = parallel(objective, device)
         seed_everything(config.seed + distributed.rank())
@@ -107,11 +110,8 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> None:
         reporter.close()
 
 
-def _continue_from(path: str, objective: MaskedPrediction, config: PretrainConfig) -> None:
-    """Load the backbone, and the predictor where it is the same, from an earlier run."""
-    trunk = read_trunk(path)
-    build.check_same_trunk(trunk.backbone, config.backbone, path)
-    channels = config.data.channels
+def _continue_from(trunk: Trunk, objective: MaskedPrediction, *, channels: int) -> None:
+    """Load the backbone, and the predictor where it is the same."""
     objective.backbone.load_state_dict(trunk.weights_for(objective.backbone, channels=channels))
     predictor = objective.get_submodule("predictor")
     own, theirs = predictor.state_dict(), trunk.state["predictor"]

@@ -120,7 +120,7 @@ class Run:
         if self.config.run.resume == "never":
             return f"{self.folder} already holds a run and run.resume is never; {ways}"
         try:
-            earlier, _ = configfile.load(written, [], type(self.config))
+            earlier = configfile.load(written, [], type(self.config)).config  # type: ignore[type-var]
         except configfile.ConfigError as error:
             return f"{self.folder} already holds a run that cannot be read ({error}); {ways}"
         differing = configfile.same_run(earlier, self.config)
@@ -190,7 +190,7 @@ class Run:
             checkpoint.set_rng_state(own["rng"], device)
         else:
             log.warning(
-                "%d processes continue a run of %d: same images and rates, other random draws inside the network",
+                "%d processes continue a run of %d: same images and rates, other draws inside the network",
                 distributed.world_size(),
                 len(processes),
             )

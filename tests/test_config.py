@@ -160,7 +160,7 @@ PRETRAIN_RULES = [
     ),
     (
         {"optim__warmup_epochs": 1, "optim__warmup_steps": 5},
-        "warmup_epochs 1 and warmup_steps 5 are given; give one",
+        "warmup_epochs 1 and warmup_steps 5 given; give one",
     ),
     (
         {"optim__schedule": {"kind": "cosine", "final": 0.1}},
@@ -174,7 +174,7 @@ PRETRAIN_RULES = [
     ({"run__micro_batch": 8192}, "run.micro_batch 8192 does not divide batch_size 4096; use 4096"),
     (
         {"monitor__train": {"kind": "synthetic"}},
-        "monitor: test is null; give both train and test, or neither",
+        "monitor: test is null; give both train and test, or none",
     ),
 ]
 
@@ -279,7 +279,7 @@ def test_finetuning_inherits_what_it_does_not_state() -> None:
 
 
 def sections(model: type[Section], seen: set[type[Section]]) -> set[type[Section]]:
-    from mpm.config_schema import field_sections
+    from mpm.config.schema import field_sections
 
     seen.add(model)
     for key in model.model_fields:

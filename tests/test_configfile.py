@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mpm.config import FinetuneConfig, HeldOut, PretrainConfig
-from mpm.config_yaml import parse
+from mpm.config.yaml import parse
 from mpm.configfile import ConfigError, dump, explain, load, same_run
 from tests.test_configs import FILES, ROOT, model_of, name_of
 

@@ -14,8 +14,8 @@ PACKAGE = ROOT / "mpm"
 ARROWS: dict[str, set[str]] = {
     "distributed": set(),
     "variants": set(),
-    "configfile": set(),
-    "config": {"variants", "configfile"},
+    "config": {"variants"},
+    "configfile": {"config", "variants"},
     "checkpoint": set(),
     "training": set(),
     "evaluation": set(),
@@ -26,7 +26,20 @@ ARROWS: dict[str, set[str]] = {
     "objectives": {"patchify", "backbones", "tokenizers"},
     "interop": {"patchify", "backbones", "tokenizers", "objectives"},
 }
-SEE_EVERYTHING = {"build", "cli", "__init__"}
+SEE_EVERYTHING = {
+    "build",
+    "run",
+    "network",
+    "monitoring",
+    "pretraining",
+    "inheritance",
+    "labelled",
+    "finetuning",
+    "commands",
+    "cli",
+    "__init__",
+    "__main__",
+}
 BANNED_NAMES = {"utils", "util", "misc", "common", "helpers"}
 
 MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))

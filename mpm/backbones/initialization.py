@@ -21,7 +21,7 @@ def initialize(module: nn.Module, scheme: Initialization) -> None:
     | Linear weight | normal .02 | Xavier uniform, qkv as one matrix | normal .02 cut at ±.02 |
     | linear stem | torch's default | Xavier uniform | normal .02 cut at ±.02 |
     | other stems | torch's default | torch's default | normal .02 cut at ±.02 |
-    | biases | 0 (stems: torch's default) | 0 (likewise) | 0 |
+    | biases | 0 (stems: torch's default) | 0 (other stems: torch's default) | 0 |
     | tokens, learned positions | normal .02 | normal .02 | normal .02 cut at ±.02 |
     | attn.proj and mlp.fc2 of block l = 1.. | - | - | divided by sqrt(2 l) |
     | norms 1 and 0, LayerScale its value, relative bias 0 | | | |
@@ -42,7 +42,7 @@ def initialize(module: nn.Module, scheme: Initialization) -> None:
         elif hasattr(part, "reset_parameters"):
             part.reset_parameters()  # type: ignore[operator]
         for name, parameter in part.named_parameters(recurse=False):
-            if name.endswith(("tokens", "token", "positions")) and parameter.requires_grad:
+            if name.endswith(("tokens", "token")) or name == "table":  # of learned positions
                 nn.init.trunc_normal_(parameter, std=0.02, a=-bound, b=bound)
     if scheme == "beit":
         for depth, block in enumerate((b for b in module.modules() if isinstance(b, Block)), start=1):

@@ -96,8 +96,8 @@ def _decode_jpeg(data: np.ndarray, channels: int) -> _Decoded:
 
 
 def _decode_png(data: np.ndarray) -> _Decoded:
-    # torchvision returns palette indices for colours, or rows of the wrong length, and overlooks transparency kept
-    # in a chunk of its own. Pillow knows both, but would crush 16 bits, where such a chunk stays overlooked.
+    # torchvision returns palette indices for colours, or rows of the wrong length, and overlooks transparency
+    # kept in a chunk of its own. Pillow knows both, but would crush 16 bits: there such a chunk is ignored.
     raw = data.tobytes()
     bit_depth, is_palette = raw[24], raw[25] == 3
     if is_palette or (bit_depth <= 8 and raw.find(b"tRNS", 0, raw.find(b"IDAT")) >= 0):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BlockMask", "MaskSampler", "PatchMask", "RandomMask", "masked_count"]
+__all__ = ["BlockMask", "MaskSampler", "PatchMask", "RandomMask"]
 
 
 class PatchMask(NamedTuple):
@@ -61,18 +61,6 @@ class MaskSampler(Protocol):
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
         """Bool [N], row-major, True = masked."""
         ...
-
-
-def masked_count(grid: tuple[int, int], ratio: float, *, unit: int = 1) -> int:
-    """Patches that a ratio hides: `ceil(ratio * units) * unit**2` (147 for MAE, 120 for SimMIM at 224 px).
-
-    Args:
-        grid: patches per side (rows, columns).
-        ratio: share of the units to hide.
-        unit: side of a masking unit in patches.
-    """
-    units = (grid[0] // unit) * (grid[1] // unit)
-    return math.ceil(ratio * units - 1e-6) * unit**2
 
 
 class RandomMask:

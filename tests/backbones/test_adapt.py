@@ -1,6 +1,10 @@
+import numpy as np
 import pytest
 import torch
+from scipy.interpolate import RegularGridInterpolator
+from scipy.optimize import brentq
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+from torch import Tensor
 
 from mpm.backbones.adapt import adapt_state, resample_relative_bias
 from tests.networks import make_backbone, make_stem, random_images, randomize
@@ -19,9 +23,27 @@ def test_positions_of_another_grid_equal_timms(old, new) -> None:
     make_backbone(grid=new).load_state_dict(state)  # and nothing else changes its shape
 
 
+def bias_by_scipy(table: Tensor, old: int, new: int) -> Tensor:
+    """Linear interpolation between offsets whose gaps grow geometrically, so that both grids end alike."""
+    reach_old, reach_new = old - 1, new - 1
+
+    def surplus(ratio: float) -> float:
+        return sum(ratio**i for i in range(reach_old)) - reach_new
+
+    ratio = brentq(surplus, 1.01, 1.5) if surplus(1.01) < 0 < surplus(1.5) else 1.01
+    gaps = np.cumsum([ratio**i for i in range(reach_old)])
+    source = np.concatenate([-gaps[::-1], [0], gaps])
+    offsets = np.arange(-reach_new, reach_new + 1)
+    square = table.reshape(2 * old - 1, 2 * old - 1, -1).numpy()
+    interpolator = RegularGridInterpolator((source, source), square, bounds_error=False, fill_value=None)
+    return torch.tensor(interpolator(tuple(np.meshgrid(offsets, offsets, indexing="ij")))).float()
+
+
+# timm's interpolation, with an index that torch deprecates
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")
 @pytest.mark.parametrize("num_prefix", [0, 1])
-@pytest.mark.parametrize(("old", "new"), [(3, 5), (5, 4), (2, 6)])
-def test_relative_biases_of_another_grid_equal_timms(old: int, new: int, num_prefix: int) -> None:
+@pytest.mark.parametrize(("old", "new"), [(3, 4), (5, 4), (4, 7)])
+def test_relative_biases_of_another_grid_equal_scipy_and_timm(old: int, new: int, num_prefix: int) -> None:
     options = {"learned_positions": None, "relative_bias": "per_block", "num_prefix": num_prefix}
     backbone = randomize(make_backbone(grid=(old, old), **options))
     state = adapt_state(
@@ -30,11 +52,13 @@ def test_relative_biases_of_another_grid_equal_timms(old: int, new: int, num_pre
     larger = make_backbone(grid=(new, new), **options)
     larger.load_state_dict(state)
     for index, bias in enumerate(backbone.relative_biases):
-        table, found = bias.bias_table.detach(), larger.relative_biases[index].bias_table
-        expected = resize_rel_pos_bias_table(table, (new, new), tuple(found.shape))
-        assert torch.equal(found, expected)
-        if num_prefix:
-            assert torch.equal(found[-3:], table[-3:])
+        table, found = bias.bias_table.detach(), larger.relative_biases[index].bias_table.detach()
+        assert torch.equal(found, resize_rel_pos_bias_table(table, (new, new), tuple(found.shape)))
+        offsets = (2 * old - 1) ** 2
+        expected = bias_by_scipy(table[:offsets], old, new).flatten(0, 1)
+        # the ratio is found to 1e-6, by bisection
+        torch.testing.assert_close(found[: len(expected)], expected, rtol=0, atol=1e-4)
+        assert torch.equal(found[len(expected) :], table[offsets:])
 
 
 def test_a_relative_bias_is_resampled_between_squares_only() -> None:

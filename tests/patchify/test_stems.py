@@ -149,8 +149,8 @@ def test_hmlp_equals_the_published_convolutions(patch_size: int, norm: str, trai
     for tokens in (expected, found):
         (tokens * weights).sum().backward()
     gradients = from_published({name: p.grad for name, p in published.named_parameters()})
+    scale = max(gradient.abs().max() for gradient in gradients.values())  # some are 0 but for rounding
     for name, parameter in stem.named_parameters():
-        scale = gradients[name].abs().max() + 1
         torch.testing.assert_close(parameter.grad / scale, gradients[name] / scale, rtol=1e-5, atol=1e-5)
     state = from_published(published.state_dict())
     assert state.keys() == stem.state_dict().keys()

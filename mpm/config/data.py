@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Strict, model_validator
 
-from mpm.config_section import (
+from mpm.config.section import (
     Count,
     Fraction,
     Location,

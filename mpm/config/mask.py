@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from mpm.config_section import Count, Section, multiples_near
+from mpm.config.section import Count, Section, multiples_near
 
 __all__ = ["BlockMask", "Mask", "RandomMask"]
 

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
-from mpm.config_section import Section
+from mpm.config.section import Section
 
 __all__ = [
     "Sections",

@@ -1,7 +1,7 @@
 """The configuration of the two scripts: every default, unit and rule, checked before torch is imported.
 
-`PretrainConfig` and `FinetuneConfig` hold the rules between sections; the sections are in `config_data`,
-`config_mask`, `config_model` and `config_training`, and re-exported here.
+`PretrainConfig` and `FinetuneConfig` hold the rules between sections; the sections are in `data`,
+`mask`, `model` and `training`, and re-exported here.
 """
 
 from bisect import bisect
@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mpm.config_data import (
+from mpm.config.data import (
     FinetuneData,
     FolderData,
     FolderSource,
@@ -23,8 +23,8 @@ from mpm.config_data import (
     TorchvisionData,
     TorchvisionSource,
 )
-from mpm.config_mask import BlockMask, Mask, RandomMask
-from mpm.config_model import (
+from mpm.config.mask import BlockMask, Mask, RandomMask
+from mpm.config.model import (
     Backbone,
     ConvStem,
     DecoderPredictor,
@@ -42,8 +42,8 @@ from mpm.config_model import (
     Target,
     TokenReadout,
 )
-from mpm.config_section import Count, NotNegative, Section, Seed, check_multiple
-from mpm.config_training import (
+from mpm.config.section import Count, NotNegative, Section, Seed, check_multiple
+from mpm.config.training import (
     CosineSchedule,
     Ema,
     FinetuneOptim,

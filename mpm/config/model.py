@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mpm.config_section import Count, Pair, Positive, Section, check_multiple
+from mpm.config.section import Count, Pair, Positive, Section, check_multiple
 from mpm.variants import VARIANTS, Sizes
 
 __all__ = [

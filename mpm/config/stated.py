@@ -4,9 +4,9 @@ from typing import Any, get_args
 
 import yaml
 
-from mpm.config_schema import Sections, at, field_sections, sections_at
-from mpm.config_section import Section
-from mpm.config_yaml import Document, parse
+from mpm.config.schema import Sections, at, field_sections, sections_at
+from mpm.config.section import Section
+from mpm.config.yaml import Document, parse
 
 __all__ = ["Stated", "one_line"]
 

@@ -4,8 +4,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PlainSerializer, Strict, model_validator
 
-from mpm.config_data import Source
-from mpm.config_section import Count, Fraction, Location, NotNegative, Positive, Probability, Section, Seed
+from mpm.config.data import Source
+from mpm.config.section import Count, Fraction, Location, NotNegative, Positive, Probability, Section, Seed
 
 __all__ = [
     "CosineSchedule",
@@ -125,7 +125,7 @@ class Optim(Section):
             raise ValueError(f"epochs {self.epochs} and steps {self.steps} are given; give exactly one")
         if self.warmup_epochs and self.warmup_steps is not None:
             raise ValueError(
-                f"warmup_epochs {self.warmup_epochs:g} and warmup_steps {self.warmup_steps} are given; give one"
+                f"warmup_epochs {self.warmup_epochs:g} and warmup_steps {self.warmup_steps} given; give one"
             )
         if self.epochs is not None and self.warmup_epochs >= self.epochs:
             raise ValueError(

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from mpm.config_schema import Sections, field_sections, kind_of, sections_at
-from mpm.config_section import Section
+from mpm.config.schema import Sections, field_sections, kind_of, sections_at
+from mpm.config.section import Section
 
 __all__ = ["Complaint", "complaints"]
 
