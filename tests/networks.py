@@ -1,5 +1,7 @@
 """Tiny networks, masks and images that the tests put together. Patches are 4x4, grids are not square."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -111,3 +113,22 @@ def with_hidden(images: Tensor, mask: PatchMask, value: Tensor | float, *, patch
             box = (b, slice(None), slice(top, top + patch_size), slice(left, left + patch_size))
             images[box] = value[box] if isinstance(value, Tensor) else value
     return images
+
+
+def train_steps_of(objective: nn.Module, inputs: Any) -> list[float]:
+    """The losses of a few steps on one batch; in the first, every parameter must get a gradient."""
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
+    losses = []
+    for step in range(4):
+        loss = objective(inputs, torch.tensor(0.0)).loss
+        assert loss.shape == ()
+        losses.append(loss.item())
+        loss.backward()
+        if step == 0:
+            for name, parameter in objective.named_parameters():
+                assert parameter.grad is not None, name
+                assert parameter.grad.isfinite().all(), name
+                assert parameter.grad.any(), name
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpm.patchify.masks import BlockMask, MaskSampler, PatchMask, RandomMask, masked_count, take
+from mpm.patchify.masks import BlockMask, MaskSampler, PatchMask, RandomMask, take
 from tests.networks import random_mask
 
 SAMPLERS: dict[str, tuple[MaskSampler, int]] = {
@@ -73,22 +73,6 @@ def test_a_mask_is_a_function_of_the_generator(name: str) -> None:
     draws = [sampler(np.random.default_rng(seed)).tobytes() for seed in (0, 1, 2, 3)]
     assert draws == [sampler(np.random.default_rng(seed)).tobytes() for seed in (0, 1, 2, 3)]
     assert len(set(draws)) > 1
-
-
-@pytest.mark.parametrize(
-    ("grid", "ratio", "unit", "count"),
-    [
-        ((14, 14), 0.75, 1, 147),
-        ((16, 16), 0.75, 1, 192),
-        ((14, 14), 0.6, 2, 120),
-        ((12, 12), 0.6, 2, 88),
-        ((7, 7), 0.6, 1, 30),
-        ((10, 10), 0.7, 1, 70),  # 0.7 * 100 is 70.00000000000001 in some roundings
-        ((3, 10), 0.1, 1, 3),
-    ],
-)
-def test_masked_count_of_a_ratio(grid, ratio, unit, count) -> None:
-    assert masked_count(grid, ratio, unit=unit) == count
 
 
 @pytest.mark.parametrize("unit", [1, 2])
