@@ -20,9 +20,9 @@ $(BIN)/pip:
 	$(PYTHON) -m venv .venv
 
 .venv/.installed: pyproject.toml | $(BIN)/pip
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --editable .
 	@touch $@
 
 .venv/.installed-dev: pyproject.toml | $(BIN)/pip
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --editable '.[dev]'
 	@touch .venv/.installed $@
