@@ -1,26 +1,38 @@
 """The command line: `mpm pretrain` and the like, and what pretrain.py and finetune.py call.
 
-Configurations are read before torch is imported, so their errors come at once.
+Words and configurations are checked before torch is imported, so their mistakes are told at once.
 """
 
 import argparse
+import errno
 import logging
 import os
 import sys
-import tempfile
-from collections.abc import Sequence
-from typing import Any
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from mpm import configfile
+from mpm.commands.words import FREE_TO_CHANGE, is_first_process, parse
 from mpm.config import FinetuneConfig, PretrainConfig
 
 __all__ = ["main"]
 
-_USAGE = 2  # exit status of a user's error
+_USAGE = 2  # exit status of a user's mistake
+_FAILED = 1  # of a run that could not go on
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MISTAKES = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
 
 
 def main(arguments: Sequence[str] | None = None, *, command: str | None = None) -> int:
-    """Run a command; errors of users are one line on stderr and exit status 2.
+    """Run a command; mistakes of users are told in one line on stderr, with exit status 2.
 
     Args:
         arguments: words of the command line; None: this process's.
@@ -29,19 +41,42 @@ def main(arguments: Sequence[str] | None = None, *, command: str | None = None) 
     Returns: the exit status.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args([command, *words] if command else words)
+    options = parse([command, *words] if command else words)
     _log_to_stderr()
     try:
-        options.run(options)
-    except (ValueError, FileNotFoundError) as error:
-        return _complain(error, _USAGE)
-    except (FloatingPointError, OSError) as error:
-        return _complain(error, 1)
+        _COMMANDS[options.command](options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `mpm config FILE | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except configfile.ConfigError as error:  # the same on every process
+        return _complain(error, _USAGE) if is_first_process() else _USAGE
+    except Exception as error:
+        if not _is_foreseen(error):
+            raise
+        return _complain(error, _USAGE if isinstance(error, _MISTAKES) else _FAILED)
     return 0
 
 
+def _is_foreseen(error: Exception) -> bool:
+    """Whether an error says what to do: what mpm or the file system raised. The rest is our bug."""
+    if isinstance(error, OSError):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    is_ours = frame.f_globals["__name__"].startswith("mpm.")
+    return is_ours and isinstance(error, ValueError | FloatingPointError)
+
+
 def _complain(error: Exception, status: int) -> int:
-    print(f"mpm: {error}", file=sys.stderr)
+    message = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        if error.errno in _NO_SPACE:
+            message += "; free space and start again: a run continues from its newest checkpoint"
+    for line in message.splitlines():
+        print(f"mpm: {line}", file=sys.stderr)
     return status
 
 
@@ -49,59 +84,135 @@ def _log_to_stderr() -> None:
     """Log what rank 0 says; the others only their warnings."""
     logging.captureWarnings(True)
     logger = logging.getLogger("mpm")
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logger.setLevel(logging.INFO if is_first_process() else logging.WARNING)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mpm", description="Masked-patch pretraining of vision transformers."
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, run, summary in (
-        ("pretrain", _pretrain, "pretrain on unlabelled images"),
-        ("finetune", _finetune, "train a classifier, from a checkpoint or from scratch"),
-    ):
-        command = commands.add_parser(name, help=summary, description=summary)
-        _add_config(command)
-        command.add_argument(
-            "--dry-run",
-            action="store_true",
-            help="build everything, take two steps, save and load, tell the facts, and leave nothing behind",
-        )
-        command.set_defaults(run=run)
-    return parser
-
-
-def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--config", required=True, metavar="FILE", help="a YAML file, such as those in configs/"
-    )
-    command.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="replaces a value of the file, as optim.lr=3e-4"
-    )
+# Commands
 
 
 def _pretrain(options: argparse.Namespace) -> None:
-    config = configfile.load(options.config, options.overrides, PretrainConfig).config
+    config = configfile.load(options.config, options.words, PretrainConfig).config
     from mpm.pretraining import pretrain
 
     _train(pretrain, config, dry_run=options.dry_run)
 
 
 def _finetune(options: argparse.Namespace) -> None:
-    config = configfile.load(options.config, options.overrides, FinetuneConfig).config
+    config = configfile.load(options.config, options.words, FinetuneConfig).config
     from mpm.finetuning import finetune
 
     _train(finetune, config, dry_run=options.dry_run)
 
 
-def _train(train: Any, config: PretrainConfig | FinetuneConfig, *, dry_run: bool) -> None:
+def _train(train: Callable[..., None], config: PretrainConfig | FinetuneConfig, *, dry_run: bool) -> None:
     if not dry_run:
         train(config)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        run = config.run.model_copy(update={"output_dir": folder, "save_every": 1})
-        dry = config.model_copy(update={"run": run})
-        train(dry, stop_after=1)
-        train(dry, stop_after=2)  # continues from what the first saved
+    from mpm.commands.rehearsal import rehearse
+
+    rehearse(train, config)
+    if is_first_process():
+        print(f"dry run: two steps, a save and a load went well; {config.run.output_dir} is as it was")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    _need_classes(options.checkpoint)
+    from mpm.commands.prediction import predict
+
+    predict(
+        options.checkpoint,
+        options.words,
+        output=options.output,
+        device=options.device,
+        workers=options.workers,
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    _need_classes(options.checkpoint)
+    config = configfile.load(options.checkpoint / "config.yaml", options.words, FinetuneConfig).config
+    for word in options.words:
+        key = word.partition("=")[0]
+        if not any(f"{key}.".startswith(f"{free}.") for free in FREE_TO_CHANGE):
+            free = ", ".join(FREE_TO_CHANGE)
+            raise ValueError(f"override {word}: the network is what it is; only {free} can be changed")
+    if config.data.test is None:
+        raise ValueError(
+            f"{options.checkpoint} was trained without test images; "
+            "add data.test.kind=folder data.test.root=FOLDER, with one folder a class"
+        )
+    from mpm.commands.evaluation import evaluate
+
+    scores = evaluate(options.checkpoint, config, picture=options.output, as_json=options.json)
+    if is_first_process():
+        print(scores)
+
+
+def _reconstruct(options: argparse.Namespace) -> None:
+    if configfile.model_of(options.checkpoint / "config.yaml") is FinetuneConfig:
+        raise ValueError(
+            f"{options.checkpoint} is fine-tuned, so what predicted hidden patches is gone; "
+            "give the pretraining run that it started from"
+        )
+    from mpm.commands.reconstruction import reconstruct
+
+    reconstruct(
+        options.checkpoint, options.words, output=options.output, seed=options.seed, device=options.device
+    )
+
+
+def _features(options: argparse.Namespace) -> None:
+    from mpm.commands.features import write_features
+
+    write_features(
+        options.checkpoint,
+        options.data,
+        output=options.output,
+        labelled=options.labels,
+        device=options.device,
+        workers=options.workers,
+    )
+
+
+def _config(options: argparse.Namespace) -> None:
+    model = configfile.model_of(options.config)
+    print(configfile.explain(*configfile.load(options.config, options.words, model)))
+
+
+def _stats(options: argparse.Namespace) -> None:
+    if options.data.is_dir():
+        if options.words:
+            raise ValueError(f"{options.words[0]} changes a configuration, but {options.data} is a folder")
+        from mpm.commands.survey import survey_folder
+
+        print(survey_folder(options.data, channels=options.channels))
+        return
+    if options.channels:
+        raise ValueError(
+            f"--channels is for a folder; for {options.data} write data.channels={options.channels}"
+        )
+    config = configfile.load(options.data, options.words, configfile.model_of(options.data)).config
+    from mpm.commands.survey import survey_config
+
+    print(survey_config(config))
+
+
+def _need_classes(checkpoint: Path) -> None:
+    if configfile.model_of(checkpoint / "config.yaml") is PretrainConfig:
+        raise ValueError(
+            f"{checkpoint} is of pretraining and knows no classes; fine-tune it first: "
+            f"mpm finetune --config FILE init.checkpoint={checkpoint}"
+        )
+
+
+_COMMANDS = {
+    "pretrain": _pretrain,
+    "finetune": _finetune,
+    "predict": _predict,
+    "evaluate": _evaluate,
+    "reconstruct": _reconstruct,
+    "features": _features,
+    "config": _config,
+    "stats": _stats,
+}

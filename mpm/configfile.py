@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import yaml
 from pydantic import ValidationError
@@ -15,9 +15,9 @@ from mpm.config.stated import Stated, one_line
 from mpm.config.yaml import Document, parse
 from mpm.variants import Sizes
 
-__all__ = ["ConfigError", "Loaded", "dump", "explain", "load", "same_run", "validate"]
+__all__ = ["ConfigError", "Loaded", "dump", "explain", "load", "model_of", "same_run", "validate"]
 
-Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
+Config = TypeVar("Config", bound=PretrainConfig | FinetuneConfig)
 
 MOST_LINES = 5
 
@@ -49,6 +49,33 @@ def load(path: str | Path, overrides: Sequence[str], model: type[Config]) -> Loa
     Raises:
         ConfigError: if the file cannot be read, or what it states is wrong.
     """
+    stated = Stated(_read(path), name=str(path), model=model)
+    for word in overrides:
+        try:
+            stated.override(word)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    config = _validate(stated, model)
+    return Loaded(config, {key: _origin(key, config, stated) for key in _values(config)})
+
+
+def model_of(path: str | Path) -> type[PretrainConfig] | type[FinetuneConfig]:
+    """Which of the two configurations a file is, by the section that only one of them has.
+
+    Raises:
+        ConfigError: if the file cannot be read, or is neither.
+    """
+    stated = _read(path).value
+    if "objective" in stated:
+        return PretrainConfig
+    if "readout" in stated:
+        return FinetuneConfig
+    raise ConfigError(
+        f"{path} configures nothing; give it an objective (to pretrain) or a readout (to fine-tune)"
+    )
+
+
+def _read(path: str | Path) -> Document:
     try:
         document = parse(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -57,14 +84,7 @@ def load(path: str | Path, overrides: Sequence[str], model: type[Config]) -> Loa
         raise ConfigError(f"{path} is no readable YAML: {one_line(error)}") from None
     if not isinstance(document.value, dict):
         raise ConfigError(f"{path} holds no keys; begin with run: {{output_dir: ...}}")
-    stated = Stated(document, name=str(path), model=model)
-    for word in overrides:
-        try:
-            stated.override(word)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-    config = _validate(stated, model)
-    return Loaded(config, {key: _origin(key, config, stated) for key in _values(config)})
+    return document
 
 
 def validate(raw: Mapping[str, Any], model: type[Config], *, name: str) -> Config:
@@ -89,7 +109,7 @@ def _validate(stated: Stated, model: type[Config]) -> Config:
             for key in unknown
         )
     try:
-        return model.model_validate(stated.raw)
+        return cast(Config, model.model_validate(stated.raw))
     except ValidationError as error:
         raise _error(f"{stated.place(key)}: {text}" for key, text in complaints(error, model)) from None
 

@@ -5,6 +5,7 @@ counts and Python objects never touch the device.
 """
 
 import datetime
+import itertools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_groups = itertools.count()
 
 
 def start(device: str = "auto", *, threads: int | None = None, timeout_s: float = 1800) -> torch.device:
@@ -28,7 +31,9 @@ def start(device: str = "auto", *, threads: int | None = None, timeout_s: float 
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"run.device {device!r} is unknown; use auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device is cuda, but torch finds no CUDA device; use run.device=cpu")
+        raise ValueError(
+            "the device is to be cuda, but torch finds none; use run.device=cpu (or --device cpu)"
+        )
     if device == "cpu" or not torch.cuda.is_available():
         chosen = torch.device("cpu")
         threads = threads or threads_per_process(os.environ, _available_cores())
@@ -44,9 +49,15 @@ def start(device: str = "auto", *, threads: int | None = None, timeout_s: float 
     if threads is not None:
         torch.set_num_threads(threads)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        timeout = datetime.timedelta(seconds=timeout_s)
+        store, own_rank, processes = next(dist.rendezvous("env://", timeout=timeout))
         dist.init_process_group(
             "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl",
-            timeout=datetime.timedelta(seconds=timeout_s),
+            # a second group would find the addresses of the first in the store, and wait there for ever
+            store=dist.PrefixStore(f"mpm {next(_groups)}", store),
+            rank=own_rank,
+            world_size=processes,
+            timeout=timeout,
             device_id=None if chosen.type == "cpu" else chosen,
         )
     return chosen
@@ -56,6 +67,20 @@ def stop() -> None:
     """Leaves the group of processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def fails_first() -> bool:
+    """Whether this process is the first that asks: of all that fail, the one that has to say why.
+
+    It takes no collective: the others may wait in one, or be gone.
+    """
+    if world_size() == 1:
+        return True
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        return bool(store.add("mpm failed", 1) == 1)
+    except RuntimeError:  # the store was in a process that is gone
+        return False
 
 
 def threads_per_process(environ: Mapping[str, str], cores: int) -> int | None:

@@ -14,6 +14,7 @@ from mpm.backbones.cost import forward_macs
 from mpm.config import FinetuneConfig
 from mpm.data.datasets import ImageSource
 from mpm.data.loading import eval_loader
+from mpm.data.substitution import Substituting
 from mpm.data.views import EvalView
 from mpm.evaluation.accuracy import Accuracy, confusion_picture, evaluate
 from mpm.inheritance import inherit, start_from, with_data
@@ -122,7 +123,8 @@ def finetune(config: FinetuneConfig, *, stop_after: int | None = None) -> None:
             if step % cadence.log_every == 0 or step == last:
                 reporter.log(step)
             best = False
-            if data.val is not None and (step % evaluate_every == 0 or step == last) and not stopping:
+            is_time = step % evaluate_every == 0 or step == schedule.steps
+            if data.val is not None and is_time and not stopping:
                 with reporter.paused():
                     scores = _scores(objective, ema, data.val, config, normalize, device)
                     reporter.scalars(
@@ -146,7 +148,8 @@ def finetune(config: FinetuneConfig, *, stop_after: int | None = None) -> None:
             if stopping:
                 log.info("stopped at step %d on request; the same command continues", step)
                 break
-        if not stopping and data.test is not None and not (run.folder / "result.json").exists():
+        is_done = not stopping and last == schedule.steps
+        if is_done and data.test is not None and not (run.folder / "result.json").exists():
             _test(run, objective, ema, data, config, normalize, device)
         reporter.close()
 
@@ -176,8 +179,11 @@ def _recalibrate_stem(
 ) -> None:
     """Statistics of a stem's batch norm from a few whole training images, where pretraining masked them."""
     view = EvalView(_image_size(config), crop=1.0, interpolation=config.data.interpolation)
-    loader = eval_loader(images, view, batch_size=_EVALUATION_BATCH, workers=0)
-    batches = (normalize(to_unit(batch.images, device)) for batch in islice(loader, _RECALIBRATION_BATCHES))
+    loader = eval_loader(Substituting(images), view, batch_size=_EVALUATION_BATCH, workers=0)
+    # as many as every process has: the statistics are reduced over processes
+    whole = max(1, len(images) // (distributed.world_size() * _EVALUATION_BATCH))
+    some = islice(loader, min(whole, _RECALIBRATION_BATCHES))
+    batches = (normalize(to_unit(batch.images, device)) for batch in some)
     recalibrate(network.backbone.get_submodule("stem"), batches)
 
 

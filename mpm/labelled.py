@@ -61,7 +61,7 @@ def open_labelled(config: FinetuneConfig) -> LabelledData:
     for name, images in (("val", val), ("test", test)):
         if images is not None and images.classes != classes:
             raise ValueError(
-                f"data.{name} has {len(images.classes or ())} classes, data.train {len(classes)}, or they are named "
-                "otherwise; name the folders alike"
+                f"data.{name} has {len(images.classes or ())} classes, data.train {len(classes)}, or they "
+                "are named otherwise; name the folders alike"
             )
     return LabelledData(train, val, test, classes)

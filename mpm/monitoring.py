@@ -10,6 +10,7 @@ from mpm import build, distributed
 from mpm.config import PretrainConfig, Source
 from mpm.data.datasets import ImageSource
 from mpm.data.loading import eval_loader
+from mpm.data.substitution import Substituting
 from mpm.data.views import EvalView
 from mpm.evaluation.features import Features, extract, feature_std, rank_me
 from mpm.evaluation.knn import knn_accuracy
@@ -54,7 +55,7 @@ class Monitor:
         self._view = EvalView(config.data.image_size, crop=1.0, interpolation=config.data.interpolation)
         self._bank = self._labelled(config.monitor.train)
         self._queries = self._labelled(config.monitor.test)
-        shown = self._queries or images
+        shown = self._queries or Substituting(images)
         self._unlabelled = shown
         count = min(config.monitor.images, len(shown))
         places = np.random.default_rng(config.seed).permutation(len(shown))[:count]
@@ -69,8 +70,8 @@ class Monitor:
     def look(self, objective: MaskedPrediction) -> tuple[dict[str, float], Tensor | None]:
         """Signals by name, and reconstructions uint8 [3,H,W]; every process calls it.
 
-        RankMe (the effective rank of the features) and their deviation fall where features collapse; k-NN needs
-        labels.
+        RankMe (the effective rank of the features) and their deviation fall where features collapse; k-NN
+        needs labels.
         """
         was_training = objective.training
         objective.eval()
@@ -119,4 +120,5 @@ class Monitor:
         if source is None:
             return None
         data = self._config.data
-        return build.source(source, image_size=data.image_size, channels=data.channels, labelled=True)
+        images = build.source(source, image_size=data.image_size, channels=data.channels, labelled=True)
+        return Substituting(images)

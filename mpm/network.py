@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,14 @@ from mpm.backbones.backbone import Backbone
 from mpm.backbones.classifier import Classifier
 from mpm.config import Backbone as BackboneConfig
 from mpm.config import FinetuneConfig, PretrainConfig
+from mpm.data.images import read_image
+from mpm.data.loading import stack
 from mpm.data.views import EvalView
 from mpm.objectives.prepare import to_unit
 from mpm.objectives.targets import Normalize
 from mpm.patchify.patches import grid_of
 
-__all__ = ["Network", "Trunk", "load", "part_of", "read_trunk"]
+__all__ = ["Network", "Trunk", "config_of", "load", "part_of", "read_trunk"]
 
 
 class Trunk(NamedTuple):
@@ -67,7 +69,7 @@ def read_trunk(path: str | Path) -> Trunk:
         ValueError: if it is broken.
     """
     saved = checkpoint.load(path)
-    config = _config_of(saved)
+    config = config_of(saved)
     data = config.data
     assert config.backbone is not None and data.image_size is not None and data.channels is not None
     assert data.mean is not None and data.std is not None
@@ -97,7 +99,8 @@ def _weights(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
     return saved.ema if saved.ema is not None and saved.metadata.get("weights") == "ema" else saved.model
 
 
-def _config_of(saved: checkpoint.Checkpoint) -> PretrainConfig | FinetuneConfig:
+def config_of(saved: checkpoint.Checkpoint) -> PretrainConfig | FinetuneConfig:
+    """The resolved configuration of a checkpoint."""
     if saved.metadata["kind"] == "pretrain":
         return configfile.validate(saved.config, PretrainConfig, name=str(saved.path))
     return configfile.validate(saved.config, FinetuneConfig, name=str(saved.path))
@@ -113,6 +116,7 @@ class Network(nn.Module):
         image_size: height and width of the images it gets, in pixels.
         channels: of them.
         view: resizes and crops an image [C,H,W] to what the network gets.
+        reading: how files become images: arguments of `read_image` and `FolderImages`.
         step: finished steps of the checkpoint.
     """
 
@@ -123,7 +127,7 @@ class Network(nn.Module):
         norm: nn.Module,
         normalize: Normalize,
         view: EvalView,
-        channels: int,
+        reading: dict[str, Any],
         step: int,
         classifier: Classifier | None = None,
         classes: tuple[str, ...] = (),
@@ -134,7 +138,8 @@ class Network(nn.Module):
         self.normalize = normalize
         self.view = view
         self.image_size = view.image_size
-        self.channels = channels
+        self.reading = reading
+        self.channels: int = reading["channels"]
         self.step = step
         self.classifier = classifier
         self.classes = classes
@@ -167,9 +172,17 @@ class Network(nn.Module):
             raise ValueError("this checkpoint is of pretraining and has no classes; fine-tune it first")
         return self.classifier.predict(self._input(images)).softmax(1)
 
+    def read(self, path: str | Path) -> Tensor:
+        """An image file as [C,H,W], in the depth and with the channels of the training images.
+
+        Raises:
+            ValueError: if it cannot be read, or its channels or values do not fit.
+        """
+        return read_image(path, **self.reading)
+
     def preprocess(self, images: Sequence[Tensor]) -> Tensor:
         """Images [C,H,W] of any size as one batch [B,C,h,w]."""
-        return torch.stack([self.view(image) for image in images])
+        return stack([self.view(image) for image in images])
 
     def _input(self, images: Tensor) -> Tensor:
         return self.normalize(to_unit(images, self.normalize.mean.device))
@@ -188,7 +201,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Network:
     """
     saved = checkpoint.load(path)
     trunk = read_trunk(saved.path)
-    config = _config_of(saved)
+    config = config_of(saved)
     classifier = None
     if isinstance(config, FinetuneConfig):
         classifier = build.classifier(
@@ -212,9 +225,15 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Network:
         norm=norm,
         normalize=Normalize(trunk.mean, trunk.std),
         view=EvalView(trunk.image_size, crop=crop, interpolation=interpolation),
-        channels=trunk.channels,
+        reading={"channels": trunk.channels, **_depth(config)},
         step=saved.step,
         classifier=classifier,
         classes=tuple(saved.metadata.get("classes", ())),
     )
     return network.to(device)
+
+
+def _depth(config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
+    """What the training images were read with, beside their channels."""
+    source = config.data if isinstance(config, PretrainConfig) else config.data.train
+    return source.model_dump(include={"background", "max_value"})

@@ -94,7 +94,7 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> None:
             stopping = distributed.any_rank(stop.requested)
             if step % cadence.log_every == 0 or step == last:
                 reporter.log(step)
-            if (step % config.monitor.every == 0 or step == last) and not stopping:
+            if (step % config.monitor.every == 0 or step == schedule.steps) and not stopping:
                 with reporter.paused():
                     signals, picture = monitor.look(objective)
                     reporter.scalars(step, signals, prefix="probe/")

@@ -19,19 +19,35 @@ from mpm.config import FinetuneConfig, PretrainConfig
 from mpm.training.allocator import keep_freed_memory
 from mpm.training.reporting import Reporter
 
-__all__ = ["Run", "compile_blocks", "log_facts", "parallel", "seed_everything", "started", "write_picture"]
+__all__ = [
+    "Run",
+    "compile_blocks",
+    "log_facts",
+    "parallel",
+    "refusal",
+    "seed_everything",
+    "started",
+    "write_picture",
+]
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def started(config: PretrainConfig | FinetuneConfig) -> Iterator[torch.device]:
-    """Processes, threads, allocator and random generators of a run; leaves the process group at the end."""
+    """Processes, threads and allocator of a run; leaves the process group at the end.
+
+    Where several processes fail, the first raises what happened, and the others end without a word.
+    """
     device = distributed.start(config.run.device, threads=config.run.threads)
     try:
         if device.type == "cpu" and config.run.tune_allocator:
             keep_freed_memory()
         yield device
+    except Exception as error:
+        if distributed.fails_first():
+            raise
+        raise SystemExit(1) from error
     finally:
         distributed.stop()
 
@@ -79,6 +95,26 @@ def _log_to(file: Path) -> None:
     logging.getLogger("mpm").addHandler(handler)
 
 
+def refusal(config: PretrainConfig | FinetuneConfig) -> str | None:
+    """Why a run must not write to its folder; None: it may, as to one whose run never saved anything."""
+    folder = Path(config.run.output_dir)
+    written = folder / "config.yaml"
+    if not written.exists() or not any((folder / "checkpoints").glob("step_*")):
+        return None
+    ways = "choose another run.output_dir, or remove that folder"
+    if config.run.resume == "never":
+        return f"{folder} already holds a run and run.resume is never; {ways}"
+    try:
+        earlier, _ = configfile.load(written, [], type(config))
+    except configfile.ConfigError as error:
+        reason = str(error).splitlines()[0]
+        return f"{folder} already holds another kind of run, or one that cannot be read ({reason}); {ways}"
+    differing = configfile.same_run(earlier, config)
+    if differing:
+        return f"{folder} already holds a different run (differs in {', '.join(differing)}); {ways}"
+    return None
+
+
 class Run:
     """The folder of a run.
 
@@ -99,34 +135,20 @@ class Run:
         self.kind = kind
         self.folder = Path(config.run.output_dir)
         self.resumes_from: Path | None = None
-        refusal = None
+        reason = None
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             self.resumes_from = checkpoint.latest(self.folder)
-            refusal = self._refusal()
-        self.resumes_from, refusal = distributed.broadcast_object((self.resumes_from, refusal))
-        if refusal:
-            raise ValueError(refusal)
+            reason = refusal(config)
+        self.resumes_from, reason = distributed.broadcast_object((self.resumes_from, reason))
+        if reason:
+            raise ValueError(reason)
         if distributed.is_main():
-            (self.folder / "config.yaml").write_text(configfile.dump(config), encoding="utf-8")
+            written = self.folder / "config.yaml"
+            new = written.with_suffix(".partial")
+            new.write_text(configfile.dump(config), encoding="utf-8")
+            new.replace(written)  # whole or as it was, also on a full disk
             _log_to(self.folder / "log.txt")
-
-    def _refusal(self) -> str | None:
-        """Why this folder must not be written to."""
-        written = self.folder / "config.yaml"
-        if not written.exists():
-            return None
-        ways = "choose another run.output_dir, or remove that folder"
-        if self.config.run.resume == "never":
-            return f"{self.folder} already holds a run and run.resume is never; {ways}"
-        try:
-            earlier = configfile.load(written, [], type(self.config)).config  # type: ignore[type-var]
-        except configfile.ConfigError as error:
-            return f"{self.folder} already holds a run that cannot be read ({error}); {ways}"
-        differing = configfile.same_run(earlier, self.config)
-        if differing:
-            return f"{self.folder} already holds a different run (differs in {', '.join(differing)}); {ways}"
-        return None
 
     def save(
         self,

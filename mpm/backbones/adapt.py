@@ -1,5 +1,7 @@
 """A backbone's weights for other images than it was trained on: another grid, other channels."""
 
+import numpy as np
+import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
@@ -24,9 +26,6 @@ def adapt_state(
             scaled so that equal channels give the same tokens.
         depth: blocks, to each of which a shared relative bias is copied (BEiT's fine-tuning); 0: it
             stays shared.
-
-    Raises:
-        ValueError: if there is a relative bias to resample and a grid is not square.
     """
     adapted = {}
     for name, tensor in state.items():
@@ -46,26 +45,44 @@ def adapt_state(
 
 
 def resample_relative_bias(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """A relative-bias table [rows,h] for another grid (BEiT's code: cubic over geometrically spaced offsets).
+    """A relative-bias table [rows,h] for another grid (the fine-tuning of BEiT's released code).
 
-    timm's implementation is used, which is for square grids; the three rows of prefix tokens stay.
-
-    Raises:
-        ValueError: if a grid is not square.
+    Cubic splines through the old biases, laid so that gaps between offsets grow geometrically from the middle
+    and the outermost fall on the new outermost: near offsets stay where they were. The three rows of prefix
+    tokens stay. The released code takes square grids only; here each axis has a ratio of its own.
     """
     if old == new:
         return table
-    for rows, columns in (old, new):
-        if rows != columns:
-            raise ValueError(
-                f"a relative position bias is resampled between square grids only, not {rows}x{columns}"
-            )
-    from timm.layers import resize_rel_pos_bias_table
+    from scipy.interpolate import RectBivariateSpline
 
-    prefix_rows = len(table) - (2 * old[0] - 1) ** 2
-    shape = ((2 * new[0] - 1) ** 2 + prefix_rows, table.shape[1])
-    resized: Tensor = resize_rel_pos_bias_table(table, new_window_size=new, new_bias_shape=shape)
-    return resized
+    knots = [_spread_offsets(before - 1, after - 1) for before, after in zip(old, new, strict=True)]
+    wanted = [np.arange(1 - size, size) for size in new]
+    count = len(knots[0]) * len(knots[1])
+    heads = table[:count].double().cpu().numpy().reshape(len(knots[0]), len(knots[1]), -1)
+    degrees = [min(3, len(places) - 1) for places in knots]
+    resampled = np.stack(
+        [
+            RectBivariateSpline(*knots, heads[..., head], kx=degrees[0], ky=degrees[1])(*wanted)
+            for head in range(heads.shape[-1])
+        ],
+        axis=-1,
+    )
+    flat = torch.from_numpy(resampled).flatten(0, 1).to(table)
+    return torch.cat([flat, table[count:]])
+
+
+def _spread_offsets(old_reach: int, new_reach: int) -> np.ndarray:
+    """Places of the old offsets -old_reach .. old_reach among the new ones.
+
+    The ratio of neighbouring gaps is bisected between 1.01 and 1.5, as published.
+    """
+    low, high = 1.01, 1.5
+    powers = np.arange(old_reach)
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        low, high = (low, ratio) if (ratio**powers).sum() > new_reach else (ratio, high)
+    places = np.cumsum(ratio**powers)
+    return np.concatenate([-places[::-1], [0.0], places])
 
 
 def _adapt_channels(weight: Tensor, old: int, new: int) -> Tensor:

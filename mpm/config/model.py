@@ -140,7 +140,8 @@ class Backbone(Section):
         for key in sorted(ours.keys() - {"variant", "drop_path"}):
             if ours[key] != theirs[key]:
                 raise ValueError(
-                    f"backbone.{key} {ours[key]} is not the checkpoint's, {theirs[key]}; leave it out"
+                    f"backbone.{key} {ours[key]} is not the checkpoint's, {theirs[key]}; "
+                    "leave it out, or choose another init.checkpoint"
                 )
         return other.model_copy(update={"drop_path": ours.get("drop_path", other.drop_path)})
 

@@ -65,13 +65,49 @@ def read_image(
         ValueError: if its channels or values do not fit what was asked for.
     """
     name = os.fspath(path)
+    pixels, has_alpha = _decoded(name, channels)
+    if isinstance(pixels, np.ndarray) and pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise UnreadableImage(f"cannot read {name}: it holds values that are not finite")
+    pixels = as_stored_depth(pixels, max_value=max_value, name=name)
+    return with_channels(pixels, channels, has_alpha=has_alpha, background=background, name=name)
+
+
+class Stored(NamedTuple):
+    """How a file keeps its image.
+
+    Attributes:
+        channels: of the picture, opacity not counted.
+        dtype: "uint8", "uint16", "float32", ...
+        minimum: smallest value.
+        maximum: largest value.
+    """
+
+    channels: int
+    dtype: str
+    minimum: float
+    maximum: float
+
+
+def stored_image(path: str | os.PathLike[str]) -> Stored:
+    """What a file holds, before any conversion.
+
+    Raises:
+        UnreadableImage: as `read_image`.
+    """
+    pixels, has_alpha = _decoded(os.fspath(path), channels=0)
+    values = torch.as_tensor(pixels.astype(np.float64)) if isinstance(pixels, np.ndarray) else pixels
+    minimum, maximum = torch.aminmax(values.double())
+    return Stored(
+        len(pixels) - has_alpha, str(pixels.dtype).removeprefix("torch."), float(minimum), float(maximum)
+    )
+
+
+def _decoded(name: str, channels: int) -> _Decoded:
     try:
-        pixels, has_alpha = _decode(np.fromfile(name, dtype=np.uint8), channels)
+        return _decode(np.fromfile(name, dtype=np.uint8), channels)
     except _DECODER_ERRORS as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise UnreadableImage(f"cannot read {name}: {reason}") from error
-    pixels = as_stored_depth(pixels, max_value=max_value, name=name)
-    return with_channels(pixels, channels, has_alpha=has_alpha, background=background, name=name)
 
 
 def _decode(data: np.ndarray, channels: int) -> _Decoded:

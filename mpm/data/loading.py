@@ -18,6 +18,7 @@ from mpm.data.channels import to_unit_range
 from mpm.data.datasets import ImageSource
 from mpm.data.images import UnreadableImage
 from mpm.data.stream import EpochStream, SampleKey
+from mpm.data.substitution import check_share, read_next
 from mpm.data.views import MASK_STREAM, EvalView, PretrainView, TrainView, sample_generator
 
 _log = logging.getLogger(__name__)
@@ -88,7 +89,8 @@ class ViewDataset(Dataset[_Delivery]):
         indices: list[int] = []
         samples: list[Any] = []
         for key in keys:
-            index, image = self._read_next(key.image, broken)
+            index, image, passed_over = read_next(self.source, key.image)
+            broken |= passed_over
             rng = sample_generator(self._seed, *key)
             if isinstance(self._view, PretrainView):
                 samples.append(self._view(image, rng, sample_generator(self._seed, *key, stream=MASK_STREAM)))
@@ -102,30 +104,6 @@ class ViewDataset(Dataset[_Delivery]):
             batch = _collate_labelled(samples, indices, self.source)
         return _Delivery(batch, tuple(broken.items()))
 
-    def _read_next(self, index: int, broken: dict[int, str]) -> tuple[int, Tensor]:
-        count = len(self.source)
-        tried: dict[int, str] = {}
-        for candidate in range(index, index + _tolerated(count) + 2):
-            try:
-                image = self.source.read(candidate % count)
-            except UnreadableImage as error:
-                tried[candidate % count] = str(error)
-            else:
-                broken.update(tried)
-                return candidate % count, image
-        raise _too_many_broken(tried, count)
-
-
-def _tolerated(count: int) -> int:
-    return count // 100
-
-
-def _too_many_broken(broken: dict[int, str], count: int) -> ValueError:
-    return ValueError(
-        f"{len(broken)} of {count} images cannot be read, which is more than 1 %; repair or remove them: "
-        f"{'; '.join(list(broken.values())[:3])}{'; ...' if len(broken) > 3 else ''}"
-    )
-
 
 class _EvalDataset(Dataset[_Delivery]):
     def __init__(self, source: ImageSource, view: EvalView):
@@ -135,12 +113,15 @@ class _EvalDataset(Dataset[_Delivery]):
     def __getitems__(self, indices: list[int]) -> _Delivery:
         try:
             images = [self._view(self._source.read(index)) for index in indices]
-        except ValueError as error:  # a broken image too: another one in its place would falsify the result
+        except UnreadableImage as error:  # another one in its place would falsify the result
+            return _Delivery(error=ValueError(f"{error}; repair or remove it, every image counts here"))
+        except ValueError as error:
             return _Delivery(error=error)
         return _Delivery(_collate_labelled(images, indices, self._source))
 
 
-def _stack(images: list[Tensor]) -> Tensor:
+def stack(images: list[Tensor]) -> Tensor:
+    """Images [C,h,w] as one batch [B,C,h,w]; float32 where depths differ."""
     if len({image.dtype for image in images}) > 1:
         images = [to_unit_range(image) for image in images]
     return default_collate(images)  # in a worker straight into shared memory
@@ -151,8 +132,8 @@ def _collate_pretrain(samples: list[Any], indices: list[int], *, masked_count: i
     assert (masked.sum(1) == masked_count).all(), "the device relies on the same number in every row"
     has_targets = samples[0].target_image is not None
     return PretrainBatch(
-        images=_stack([sample.image for sample in samples]),
-        target_images=_stack([sample.target_image for sample in samples]) if has_targets else None,
+        images=stack([sample.image for sample in samples]),
+        target_images=stack([sample.target_image for sample in samples]) if has_targets else None,
         masked=torch.from_numpy(masked),
         index=torch.tensor(indices),
     )
@@ -160,7 +141,7 @@ def _collate_pretrain(samples: list[Any], indices: list[int], *, masked_count: i
 
 def _collate_labelled(images: list[Tensor], indices: list[int], source: ImageSource) -> LabelledBatch:
     labels = [-1 if source.classes is None else source.label(index) for index in indices]
-    return LabelledBatch(images=_stack(images), labels=torch.tensor(labels), index=torch.tensor(indices))
+    return LabelledBatch(images=stack(images), labels=torch.tensor(labels), index=torch.tensor(indices))
 
 
 class BatchLoader:
@@ -187,10 +168,10 @@ class BatchLoader:
                 raise delivery.error
             for index, reason in delivery.broken:
                 if index not in self.broken:
-                    _log.warning("%s; the next readable image takes its place", reason)
                     self.broken[index] = reason
-            if len(self.broken) > _tolerated(len(self._source)):
-                raise _too_many_broken(self.broken, len(self._source))
+                    so_far = len(self.broken), len(self._source)
+                    _log.warning("%s; the next readable image takes its place (%d of %d)", reason, *so_far)
+            check_share(self.broken, len(self._source))
             yield delivery.batch
 
 

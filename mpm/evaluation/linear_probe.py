@@ -65,32 +65,23 @@ def fit_logistic_regression(
     shift = x.mean(0)
     scale = x.std(0, correction=0) if standardize else torch.ones_like(shift)
     scale[scale == 0] = 1.0  # a constant feature says nothing
-    x = (x - shift) / scale  # the shift alone changes no minimum
+    x = (x - shift) / scale  # the shift alone changes no minimum, only how fast it is found
     truth = F.one_hot(labels, num_classes).to(x)  # [n,L]
-
-    # Coordinates in which the curvature at weights of 0, covariance / L + l2 / n, is the identity: neighbouring
-    # pixels are nearly equal, and there L-BFGS would take ten times the steps. The minimum stays where it is.
-    variance, directions = torch.linalg.eigh(x.T @ x / n)
-    basis = (
-        directions / (variance.clamp(min=0) / num_classes + l2 / n).sqrt()
-    )  # [D,D]: features to coordinates
-    x = x @ basis
 
     def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
         parameters = torch.from_numpy(flat).to(x.device).view(num_classes, D + 1)
-        coordinates, bias = parameters[:, :D], parameters[:, D]
-        weight = coordinates @ basis.T
-        log_p = F.log_softmax(torch.addmm(bias, x, coordinates.T), dim=1)  # [n,L]
+        weight, bias = parameters[:, :D], parameters[:, D]
+        log_p = F.log_softmax(torch.addmm(bias, x, weight.T), dim=1)  # [n,L]
         loss = (l2 / 2 * weight.square().sum() - (log_p * truth).sum()) / n
         error = (log_p.exp() - truth) / n
-        gradient = torch.cat([error.T @ x + l2 / n * weight @ basis, error.sum(0)[:, None]], dim=1)
+        gradient = torch.cat([error.T @ x + l2 / n * weight, error.sum(0)[:, None]], dim=1)
         return float(loss), gradient.flatten().cpu().numpy()
 
     start = np.zeros(num_classes * (D + 1))
-    options = {"maxiter": max_iter, "maxfun": 2 * max_iter, "ftol": 1e-12, "gtol": 1e-7}
+    options = {"maxiter": max_iter, "maxfun": 2 * max_iter, "ftol": 1e-10, "gtol": 1e-5}
     found = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", options=options)
     if not found.success:
         log.warning("logistic regression stopped early after %d iterations: %s", found.nit, found.message)
     parameters = torch.from_numpy(found.x).to(x.device).view(num_classes, D + 1)
-    weight = parameters[:, :D] @ basis.T / scale
+    weight = parameters[:, :D] / scale
     return LinearProbe(weight, parameters[:, D] - weight @ shift, float(found.fun))

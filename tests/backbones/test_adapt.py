@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from scipy.interpolate import RegularGridInterpolator
+from scipy.interpolate import make_interp_spline
 from scipy.optimize import brentq
-from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from mpm.backbones.adapt import adapt_state, resample_relative_bias
@@ -23,50 +23,44 @@ def test_positions_of_another_grid_equal_timms(old, new) -> None:
     make_backbone(grid=new).load_state_dict(state)  # and nothing else changes its shape
 
 
-def bias_by_scipy(table: Tensor, old: int, new: int) -> Tensor:
-    """Linear interpolation between offsets whose gaps grow geometrically, so that both grids end alike."""
-    reach_old, reach_new = old - 1, new - 1
-
-    def surplus(ratio: float) -> float:
-        return sum(ratio**i for i in range(reach_old)) - reach_new
-
-    ratio = brentq(surplus, 1.01, 1.5) if surplus(1.01) < 0 else 1.01
-    gaps = np.cumsum([ratio**i for i in range(reach_old)])
-    source = np.concatenate([-gaps[::-1], [0], gaps])
-    offsets = np.arange(-reach_new, reach_new + 1)
-    square = table.reshape(2 * old - 1, 2 * old - 1, -1).numpy()
-    interpolator = RegularGridInterpolator((source, source), square, bounds_error=False, fill_value=None)
-    return torch.tensor(interpolator(tuple(np.meshgrid(offsets, offsets, indexing="ij")))).float()
+def bias_by_splines(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Not-a-knot cubic splines, one axis after the other; gaps grow so that both grids end alike."""
+    square = table.double().reshape(2 * old[0] - 1, 2 * old[1] - 1, -1).numpy()
+    for axis in (0, 1):
+        reach_old, reach_new = old[axis] - 1, new[axis] - 1
+        ratio = brentq(lambda r, n=reach_old, m=reach_new: sum(r**i for i in range(n)) - m, 1.01, 1.5)
+        gaps = np.cumsum([ratio**i for i in range(reach_old)])
+        places = np.concatenate([-gaps[::-1], [0], gaps])
+        square = make_interp_spline(places, square, k=3, axis=axis)(np.arange(-reach_new, reach_new + 1))
+    return torch.tensor(square).float().flatten(0, 1)
 
 
-# of timm's interpolation
-@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")
-@pytest.mark.filterwarnings("ignore:torch.searchsorted.* non-contiguous:UserWarning")
 @pytest.mark.parametrize("num_prefix", [0, 1])
-@pytest.mark.parametrize(("old", "new"), [(4, 5), (5, 4), (5, 6), (6, 9)])
-def test_relative_biases_of_another_grid_equal_scipy_and_timm(old: int, new: int, num_prefix: int) -> None:
+@pytest.mark.parametrize(("old", "new"), [((5, 5), (6, 6)), ((6, 6), (9, 9)), ((5, 7), (6, 9))])
+def test_relative_biases_of_another_grid_equal_splines(old, new, num_prefix: int) -> None:
     options = {"learned_positions": None, "relative_bias": "per_block", "num_prefix": num_prefix}
-    backbone = randomize(make_backbone(grid=(old, old), **options))
-    state = adapt_state(
-        backbone.state_dict(), grids=((old, old), (new, new)), channels=SAME_CHANNELS, depth=0
-    )
-    larger = make_backbone(grid=(new, new), **options)
+    backbone = randomize(make_backbone(grid=old, **options))
+    state = adapt_state(backbone.state_dict(), grids=(old, new), channels=SAME_CHANNELS, depth=0)
+    larger = make_backbone(grid=new, **options)
     larger.load_state_dict(state)
     for index, bias in enumerate(backbone.relative_biases):
         table, found = bias.bias_table.detach(), larger.relative_biases[index].bias_table.detach()
-        assert torch.equal(found, resize_rel_pos_bias_table(table, (new, new), tuple(found.shape)))
-        offsets = (2 * old - 1) ** 2
-        expected = bias_by_scipy(table[:offsets], old, new).flatten(0, 1)
+        offsets = (2 * old[0] - 1) * (2 * old[1] - 1)
+        expected = bias_by_splines(table[:offsets], old, new)
         # the ratio is found to 1e-6, by bisection
         torch.testing.assert_close(found[: len(expected)], expected, rtol=0, atol=1e-4)
         assert torch.equal(found[len(expected) :], table[offsets:])
 
 
-def test_a_relative_bias_is_resampled_between_squares_only() -> None:
-    table = torch.randn(35, 2)
-    with pytest.raises(ValueError, match="between square grids only, not 3x4"):
-        resample_relative_bias(table, (3, 4), (6, 6))
-    assert resample_relative_bias(table, (3, 4), (3, 4)) is table
+@pytest.mark.parametrize(
+    ("old", "new"), [((4, 4), (4, 4)), ((2, 2), (3, 3)), ((5, 5), (4, 4)), ((3, 3), (7, 7))]
+)
+def test_any_grid_gets_a_bias_and_the_same_grid_keeps_it(old, new) -> None:
+    table = torch.randn((2 * old[0] - 1) ** 2 + 3, 2)
+    found = resample_relative_bias(table, old, new)
+    assert found.shape == ((2 * new[0] - 1) ** 2 + 3, 2)
+    assert found.isfinite().all()
+    assert (found is table) == (old == new)
 
 
 def test_a_shared_bias_is_copied_to_every_block() -> None:

@@ -171,7 +171,16 @@ def test_max_value_scales_and_checks_the_range(tmp_path: Path) -> None:
         read_image(path, channels=1, max_value=1023)
 
 
-@pytest.mark.parametrize("value", [-0.5, 1.5, np.nan])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_floats_that_are_not_finite_make_a_broken_image(value: float, tmp_path: Path) -> None:
+    pixels = np.full((4, 4), 0.5, np.float32)
+    pixels[1, 2] = value
+    np.save(tmp_path / "scan.npy", pixels)
+    with pytest.raises(UnreadableImage, match=r"scan\.npy: it holds values that are not finite"):
+        read_image(tmp_path / "scan.npy", channels=1)
+
+
+@pytest.mark.parametrize("value", [-0.5, 1.5])
 def test_floats_outside_the_unit_range_are_refused(tmp_path: Path, value: float) -> None:
     np.save(tmp_path / "scan.npy", np.array([[0.5, value]], np.float32))
     with pytest.raises(ValueError, match="set max_value"):

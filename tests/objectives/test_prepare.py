@@ -76,7 +76,7 @@ def test_targets_are_smoothed_as_torch_does(smoothing: float) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
-    "mixing", [Mixing(), Mixing(cutmix=0.0), Mixing(mixup=0.0), Mixing(probability=0.5, switch=0.3)]
+    "mixing", [Mixing(), Mixing(cutmix=0.0), Mixing(mixup=0.0), Mixing(switch=0.9), Mixing(probability=0.5)]
 )
 def test_mixing_equals_timms(mixing: Mixing, seed: int) -> None:
     batch = labelled()

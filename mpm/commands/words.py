@@ -1,0 +1,246 @@
+"""The words of the `mpm` command line and their help; nothing here imports torch."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+__all__ = ["FREE_TO_CHANGE", "is_first_process", "parse"]
+
+FREE_TO_CHANGE = ("run", "data.test", "data.test_crop", "data.interpolation")  # when evaluating
+_USAGE = 2
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that talks, before torch knows."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        told = f"mpm: {message}; see {self.prog} --help\n"
+        self.exit(_USAGE, told if is_first_process() else None)
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """Options of a command; its name is `command`. A mistake ends the process with status 2 and one line."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(words)
+    # argparse takes a list only where it stands together, but options may stand between its words
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "words")):
+        parser.error(f"{' '.join(rest)} means nothing here")
+    try:
+        options.words = getattr(options, "words", []) + [options.word(word) for word in rest]
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mpm",
+        description="Masked-patch pretraining of vision transformers, fine-tuning, and what comes after.",
+        epilog="`mpm COMMAND --help` tells more, with an example.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+    for add in (_add_training, _add_predict, _add_evaluate, _add_reconstruct, _add_features, _add_inspection):
+        add(commands)
+    return parser
+
+
+def _add(
+    commands: Any,
+    name: str,
+    summary: str,
+    *,
+    more: str = "",
+    example: str,
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.\n{more}".strip(),
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(command=name, word=str)
+    return command
+
+
+def _add_training(commands: Any) -> None:
+    for name, summary, example in (
+        ("pretrain", "pretrain on unlabelled images", "configs/vitb_mae.yaml optim.lr=3e-4"),
+        (
+            "finetune",
+            "train a classifier, from a checkpoint or from scratch",
+            "configs/finetune/vitb_in1k.yaml init.checkpoint=runs/vitb_mae",
+        ),
+    ):
+        more = f"On several processes: torchrun --nproc_per_node=8 {name}.py --config FILE"
+        command = _add(commands, name, summary, more=more, example=f"mpm {name} --config {example}")
+        command.add_argument(
+            "--config", required=True, metavar="FILE", help="YAML, such as those in configs/"
+        )
+        command.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="build everything, take two steps, save and load, tell the facts, and leave nothing behind",
+        )
+        _add_overrides(command)
+
+
+def _add_predict(commands: Any) -> None:
+    command = _add(
+        commands,
+        "predict",
+        "tell the classes of images, as CSV",
+        more="Columns: image, class, probability, then the probability of each class; with more than 20\n"
+        "classes the second to fifth best class and their probabilities. Images that cannot be read are\n"
+        "named on stderr, left out and counted.",
+        example="mpm predict runs/flowers photos/ more/rose.jpg -o classes.csv",
+    )
+    _add_checkpoint(command, "of fine-tuning")
+    _add_images(command)
+    command.add_argument(
+        "-o", "--output", type=_output, metavar="FILE", help="CSV; by default standard output"
+    )
+    _add_device(command)
+    _add_workers(command)
+
+
+def _add_evaluate(commands: Any) -> None:
+    command = _add(
+        commands,
+        "evaluate",
+        "score a fine-tuned checkpoint on its test images, or on others",
+        more="Prints top-1, top-5, balanced accuracy, macro F1, and precision, recall and F1 of each class.",
+        example="mpm evaluate runs/flowers data.test.kind=folder data.test.root=photos/test -o confusion.png",
+    )
+    _add_checkpoint(command, "of fine-tuning")
+    _add_overrides(command, f"other test images: replaces values of {', '.join(FREE_TO_CHANGE)}")
+    command.add_argument(
+        "-o", "--output", type=_output, metavar="FILE", help="picture of the confusion matrix, PNG"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON, with the confusion matrix")
+
+
+def _add_reconstruct(commands: Any) -> None:
+    command = _add(
+        commands,
+        "reconstruct",
+        "draw what a pretrained network sees behind the mask",
+        more="A column for each image, 32 at most: original, masked, reconstructed.",
+        example="mpm reconstruct runs/vitb_mae photos/*.jpg -o reconstructions.png",
+    )
+    _add_checkpoint(command, "of pretraining")
+    _add_images(command)
+    command.add_argument("-o", "--output", type=_output, required=True, metavar="FILE", help="picture, PNG")
+    command.add_argument("--seed", type=_natural, metavar="N", default=0, help="of the masks (default 0)")
+    _add_device(command)
+
+
+def _add_features(commands: Any) -> None:
+    command = _add(
+        commands,
+        "features",
+        "write the feature vectors of a folder of images; nothing is masked",
+        more="Writes `features` [n,D], the mean of the normalised patch tokens, and a CSV beside it that\n"
+        "names the image of each row. Images that cannot be read are left out and counted.",
+        example="mpm features runs/vitb_mae photos/ -o features.safetensors --labels",
+    )
+    _add_checkpoint(command, "of pretraining or fine-tuning")
+    command.add_argument("data", type=_folder, metavar="DATA", help="folder of images, any tree")
+    command.add_argument("-o", "--output", type=_output, required=True, metavar="FILE", help="safetensors")
+    command.add_argument(
+        "--labels", action="store_true", help="DATA has one folder a class: write `labels` [n] too"
+    )
+    _add_device(command)
+    _add_workers(command)
+
+
+def _add_inspection(commands: Any) -> None:
+    command = _add(
+        commands,
+        "config",
+        "show every value of a configuration and where it comes from",
+        example="mpm config configs/vitb_mae.yaml optim.lr=3e-4",
+    )
+    command.add_argument("config", metavar="CONFIG", help="YAML file of pretraining or fine-tuning")
+    _add_overrides(command)
+    command = _add(
+        commands,
+        "stats",
+        "measure images: number, channels, depth, mean, deviation, broken ones",
+        more="Prints the lines to paste into a configuration; of images deeper than 8 bits max_value, too.",
+        example="mpm stats photos/",
+    )
+    command.add_argument(
+        "data", type=_existing, metavar="CONFIG_OR_FOLDER", help="YAML file, or folder of images"
+    )
+    command.add_argument(
+        "--channels", type=_natural, metavar="C", help="of a folder's images (default: what most have)"
+    )
+    _add_overrides(command)
+
+
+def _add_overrides(
+    command: argparse.ArgumentParser, what: str = "replaces a value of the file, as optim.lr=3e-4"
+) -> None:
+    command.add_argument("words", nargs="*", metavar="key=value", help=what)
+
+
+def _add_checkpoint(command: argparse.ArgumentParser, kind: str) -> None:
+    text = f"{kind}: a run's folder (its best, else its newest) or a checkpoints/step_* in it"
+    command.add_argument("checkpoint", type=_checkpoint, metavar="CHECKPOINT", help=text)
+
+
+def _add_images(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(word=_existing)
+    command.add_argument(
+        "words", nargs="+", type=_existing, metavar="IMAGES", help="image files, and folders of them"
+    )
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    most = min(4, os.cpu_count() or 1)
+    text = f"processes that read images (default {most})"
+    command.add_argument("--workers", type=_natural, default=most, metavar="N", help=text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 on")
+    return int(text)
+
+
+def _existing(text: str) -> Path:
+    if not (path := Path(text).expanduser()).exists():
+        raise argparse.ArgumentTypeError(f"{text} does not exist")
+    return path
+
+
+def _folder(text: str) -> Path:
+    if not (path := Path(text).expanduser()).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder; give a folder of images")
+    return path
+
+
+def _checkpoint(text: str) -> Path:
+    if not ((path := Path(text).expanduser()) / "config.yaml").is_file():
+        raise argparse.ArgumentTypeError(
+            f"no checkpoint in {text}; give a run's folder or a checkpoints/step_* in it"
+        )
+    return path
+
+
+def _output(text: str) -> Path:
+    path = Path(text).expanduser()
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; give a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"folder {path.parent} does not exist; make it first")
+    return path
