@@ -1,4 +1,4 @@
-"""Fine-tune a classifier: torchrun finetune.py --config configs/finetune/vitb_in1k.yaml init.checkpoint=runs/x."""
+"""Fine-tune a classifier: torchrun finetune.py --config configs/finetune/vitb_in1k.yaml init.checkpoint=X."""
 
 from mpm.cli import main
 
