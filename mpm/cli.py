@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None, *, command: str | None = None) 
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parse([command, *words] if command else words)
     _log_to_stderr()
+    # OpenMP's threads spin while they wait, on cores that loader workers need; read when torch is loaded
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         _COMMANDS[options.command](options)
         sys.stdout.flush()
