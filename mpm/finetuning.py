@@ -116,15 +116,30 @@ def finetune(config: FinetuneConfig, *, stop_after: int | None = None) -> None:
         )
         evaluate_every = config.evaluate_every or schedule.per_epoch
         stopping = False
+
+        def save(step: int, *, best: bool = False) -> None:
+            reporter.check_finite(step)
+            run.save(
+                step,
+                objective=objective,
+                optimizer=optimizer,
+                reporter=reporter,
+                ema=ema,
+                metadata=metadata,
+                best=best,
+            )
+
         for report in steps:
             step = report.step
             reporter.add(report)
             stopping = distributed.any_rank(stop.requested)
+            if stopping:  # before anything that takes long
+                save(step)
             if step % cadence.log_every == 0 or step == last:
                 reporter.log(step)
             best = False
             is_time = step % evaluate_every == 0 or step == schedule.steps
-            if data.val is not None and is_time and not stopping:
+            if data.val is not None and is_time:
                 with reporter.paused():
                     scores = _scores(objective, ema, data.val, config, normalize, device)
                     reporter.scalars(
@@ -135,16 +150,7 @@ def finetune(config: FinetuneConfig, *, stop_after: int | None = None) -> None:
                     if best:
                         metadata |= {"best_val": scores[weights].top1, "best_step": step, "weights": weights}
             if step % cadence.save_every == 0 or step == last or stopping or best:
-                reporter.check_finite(step)
-                run.save(
-                    step,
-                    objective=objective,
-                    optimizer=optimizer,
-                    reporter=reporter,
-                    ema=ema,
-                    metadata=metadata,
-                    best=best,
-                )
+                save(step, best=best)
             if stopping:
                 log.info("stopped at step %d on request; the same command continues", step)
                 break

@@ -88,13 +88,20 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> None:
             clip_norm=optim.clip_norm,
             dtype=build.dtype(optim),
         )
+
+        def save(step: int) -> None:
+            reporter.check_finite(step)
+            run.save(step, objective=objective, optimizer=optimizer, reporter=reporter, metadata={})
+
         for report in steps:
             step = report.step
             reporter.add(report)
             stopping = distributed.any_rank(stop.requested)
+            if stopping:  # before anything that takes long
+                save(step)
             if step % cadence.log_every == 0 or step == last:
                 reporter.log(step)
-            if (step % config.monitor.every == 0 or step == schedule.steps) and not stopping:
+            if step % config.monitor.every == 0 or step == schedule.steps:
                 with reporter.paused():
                     signals, picture = monitor.look(objective)
                     reporter.scalars(step, signals, prefix="probe/")
@@ -102,8 +109,7 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> None:
                         reporter.image("reconstructions", picture, step)
                         write_picture(run.folder / "reconstructions.png", picture)
             if step % cadence.save_every == 0 or step == last or stopping:
-                reporter.check_finite(step)
-                run.save(step, objective=objective, optimizer=optimizer, reporter=reporter, metadata={})
+                save(step)  # where stopping, once more: with the window of the log as it now is
             if stopping:
                 log.info("stopped at step %d on request; the same command continues", step)
                 break

@@ -49,6 +49,7 @@ def started(config: PretrainConfig | FinetuneConfig) -> Iterator[torch.device]:
             raise
         raise SystemExit(1) from error
     finally:
+        _stop_logging_to_files()
         distributed.stop()
 
 
@@ -93,6 +94,14 @@ def _log_to(file: Path) -> None:
     handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logging.getLogger("mpm").addHandler(handler)
+
+
+def _stop_logging_to_files() -> None:
+    """The next run in this process has a log of its own."""
+    logger = logging.getLogger("mpm")
+    for handler in [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def refusal(config: PretrainConfig | FinetuneConfig) -> str | None:

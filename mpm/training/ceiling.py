@@ -1,5 +1,6 @@
 """What the device can do at best, to measure training against."""
 
+import functools
 import statistics
 import time
 
@@ -9,10 +10,11 @@ _ENOUGH_S = 0.01  # one product long enough for its launch and the clock not to 
 _BUDGET_S = 0.2
 
 
+@functools.cache
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     """Measured FLOP/s of a large square matrix product, by this process; takes less than half a second.
 
-    The median of repeats, at the first size of 512, 1024, ... that takes 10 ms.
+    The median of repeats, at the first size of 512, 1024, ... that takes 10 ms; a process measures once.
     """
     size = 512
     while (seconds := _matmul_s(size, device, dtype)) < _ENOUGH_S and size < 8192:

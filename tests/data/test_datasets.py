@@ -178,3 +178,16 @@ def test_synthetic_classes_can_be_learnt(channels: int) -> None:
     centres = torch.stack([features[:100][labels[:100] == number].mean(0) for number in range(10)])
     predicted = torch.cdist(features[100:], centres).argmin(1)
     assert (predicted == labels[100:]).float().mean() > 0.9
+
+
+def test_another_seed_gives_other_images_of_the_same_synthetic_classes() -> None:
+    first, second = (
+        SyntheticImages(60, image_size=(16, 16), channels=3, num_classes=3, seed=seed) for seed in (0, 1)
+    )
+    assert not any(torch.equal(first.read(index), second.read(index)) for index in range(60))
+    for label in range(3):
+        colours = [
+            torch.stack([source.read(i).float().mean((1, 2)) for i in range(label, 60, 3)]).mean(0)
+            for source in (first, second)
+        ]
+        torch.testing.assert_close(*colours, rtol=0, atol=3)  # classes are up to 115 grey levels apart

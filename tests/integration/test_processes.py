@@ -1,0 +1,187 @@
+"""How a batch is spread (over processes, micro-batches, workers) does not change what is learned from it.
+
+`main` below is what torchrun starts.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from mpm import build, checkpoint, distributed
+from mpm.config import PretrainConfig
+from mpm.finetuning import finetune
+from mpm.objectives.prepare import PrepareMasked
+from mpm.objectives.targets import Normalize
+from mpm.pretraining import pretrain
+from mpm.training.loop import train_steps
+from tests.integration.runs import ROOT, assert_identical, everything_saved, metrics
+from tests.integration.settings import CONV, HMLP, SCRATCH, SIMMIM, finetune_config, pretrain_config
+
+# Spreading a batch moves the last bits of its gradient. AdamW divides a gradient by its own size, so where it
+# is nothing but rounding (a bias of the keys, which softmax cancels; one before a batch norm) it makes whole
+# steps of that. With an eps of 1 it is nearly SGD with momentum. That also lets a gradient's size count:
+# with a small eps, a sum in place of a mean would go unnoticed.
+STEADY = ["optim.eps=1", "optim.lr=0.01", "optim.steps=6", "optim.warmup_steps=0"]
+RTOL = 1e-5  # a hundred times float32's rounding: sums over 32 images in another order, six steps
+# On one process torch's batch norm adds up the 8192 places of a batch one by one; on several, ours is nearer.
+RTOL_OVER_PLACES = 1e-4
+
+PRETRAININGS = {
+    "mae, linear stem": [],
+    "mae, hmlp stem": [HMLP % "layer"],
+    "simmim, linear stem": SIMMIM,
+    "mae, batch norm over visible patches": ["backbone.stem={kind: hmlp, norm: batch, statistics: visible}"],
+    "simmim, batch norm over all patches": [
+        *SIMMIM,
+        "backbone.stem={kind: hmlp, norm: batch, statistics: all}",
+    ],
+    "simmim, conv stem with batch norm": [*SIMMIM, CONV % "batch"],
+}
+# Mixing and dropped paths draw other numbers on each process; all else is the same.
+FINETUNING = [*SCRATCH, *STEADY, "mixup=null", "optim.layer_decay=0.75", "evaluate_every=3"]
+METHODS = {"mae": [], "simmim": SIMMIM}
+STEMS = {"linear": "backbone.stem.kind=linear", "hmlp": HMLP % "batch", "conv": CONV % "batch"}
+
+
+def train(name: str, folder: Path, *words: str) -> None:
+    if name == "fine-tuning":
+        finetune(finetune_config(folder, *FINETUNING, *words))
+    else:
+        # not l1, as in SimMIM: its gradient jumps where a prediction is right to the last bits
+        pretrain(pretrain_config(folder, *PRETRAININGS[name], *STEADY, "objective.loss=l2", *words))
+
+
+def assert_same_training(a: Path, b: Path, *, rtol: float = RTOL) -> None:
+    """Weights, averages and everything logged."""
+    left, right = metrics(a), metrics(b)
+    assert len(left) == len(right) >= 6
+    for ours, theirs in zip(left, right, strict=True):
+        # no probes: the spread of features that are almost alike is a small difference of large numbers
+        names = [name for name in ours if not name.startswith("probe/")]
+        assert {name: ours[name] for name in names} == pytest.approx(
+            {name: theirs[name] for name in names}, rel=rtol
+        )
+    left, right = checkpoint.load(a), checkpoint.load(b)
+    for ours, theirs in ((left.model, right.model), (left.ema or {}, right.ema or {})):
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            # a bias starts at 0 and some of its elements stay near it: relative to the largest
+            atol = rtol * float(tensor.abs().max())
+            torch.testing.assert_close(
+                tensor, theirs[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.fixture(scope="module")
+def on_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run for each name, and `gradients`: one launch for all."""
+    folder = tmp_path_factory.mktemp("two")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, "-m", "tests.integration.test_processes", str(folder)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.torchrun
+@pytest.mark.parametrize("name", [*PRETRAININGS, "fine-tuning"])
+def test_two_processes_equal_one(name: str, on_two_processes: Path, tmp_path: Path) -> None:
+    train(name, tmp_path)
+    rtol = RTOL_OVER_PLACES if "conv" in name else RTOL
+    assert_same_training(on_two_processes / name, tmp_path, rtol=rtol)
+    if name == "fine-tuning":
+        ours, theirs = (
+            json.loads((f / "result.json").read_text()) for f in (on_two_processes / name, tmp_path)
+        )
+        assert ours == theirs
+
+
+@pytest.mark.torchrun
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_parameter_has_a_gradient_under_ddp(method: str, stem: str, on_two_processes: Path) -> None:
+    """DDP refuses the second step where one has none: `find_unused_parameters` is off."""
+    without = json.loads((on_two_processes / "gradients" / f"{method} {stem}.json").read_text())
+    assert without == []
+
+
+@pytest.mark.parametrize("name", ["mae, hmlp stem", pytest.param("fine-tuning", marks=pytest.mark.slow)])
+def test_four_micro_batches_equal_one_batch(name: str, tmp_path: Path) -> None:
+    train(name, tmp_path / "whole")
+    train(name, tmp_path / "parts", "run.micro_batch=8")
+    assert_same_training(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_two_workers_equal_none_bit_by_bit(tmp_path: Path) -> None:
+    words = ["data.color_jitter=0.4", "backbone.drop_path=0.3", HMLP % "batch"]
+    for workers in (0, 2):
+        pretrain(pretrain_config(tmp_path / f"{workers}", *words, "optim.steps=10", f"run.workers={workers}"))
+    assert metrics(tmp_path / "0") == metrics(tmp_path / "2")
+    assert_identical(everything_saved(tmp_path / "0"), everything_saved(tmp_path / "2"))
+
+
+@pytest.mark.slow
+def test_two_workers_equal_none_bit_by_bit_in_fine_tuning(tmp_path: Path) -> None:
+    words = [*SCRATCH, "data.rand_augment=rand-m9-mstd0.5-inc1", "data.erasing=0.5", "backbone.drop_path=0.3"]
+    for workers in (0, 2):
+        finetune(finetune_config(tmp_path / f"{workers}", *words, "optim.steps=10", f"run.workers={workers}"))
+    assert metrics(tmp_path / "0") == metrics(tmp_path / "2")
+    assert_identical(everything_saved(tmp_path / "0"), everything_saved(tmp_path / "2"))
+
+
+def without_gradient(config: PretrainConfig) -> list[str]:
+    """Names of the parameters that two steps under DDP leave without a gradient."""
+    device = torch.device("cpu")
+    data = config.data
+    images = build.source(data, image_size=data.image_size, channels=data.channels, labelled=False)
+    normalize = Normalize(*build.statistics(data.mean, data.std))
+    target = build.target(config, normalize)
+    torch.manual_seed(0)
+    objective = build.objective(config, target.out_dim)
+    reached: set[str] = set()
+    for name, parameter in objective.named_parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda p, n=name: reached.add(n) if p.grad.any() else None
+        )
+    view = build.pretrain_view(config)
+    steps = train_steps(
+        DistributedDataParallel(objective),
+        build.training_loader(config, images, view, start=0, stop=2, pin_memory=False),
+        prepare=PrepareMasked(target, normalize=normalize, num_masked=config.num_masked, device=device),
+        optimizer=build.optimizer(config.optim, objective),
+        lr_at=lambda step: 1e-3,
+        start=0,
+        stop=2,
+    )
+    assert len(list(steps)) == 2
+    return sorted({name for name, _ in objective.named_parameters()} - reached)
+
+
+def main(folder: Path) -> None:
+    for name in (*PRETRAININGS, "fine-tuning"):
+        train(name, folder / name)
+    distributed.start("cpu", threads=1)
+    for method, method_words in METHODS.items():
+        for stem, stem_word in STEMS.items():
+            without = without_gradient(pretrain_config(folder, *method_words, stem_word))
+            if distributed.is_main():
+                (folder / "gradients").mkdir(exist_ok=True)
+                (folder / "gradients" / f"{method} {stem}.json").write_text(json.dumps(without))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
