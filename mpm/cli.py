@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None, *, command: str | None = None) 
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parse([command, *words] if command else words)
     _log_to_stderr()
-    # GNU OpenMP's threads spin for milliseconds while they wait, on cores that loader workers need: let them
-    # sleep after some microseconds (docs/evidence.md). Read when torch is loaded; the user's own setting stands
+    # GNU OpenMP's threads spin for milliseconds while they wait, on cores that loader workers need; let them
+    # sleep after some microseconds (docs/evidence.md). Read when torch is loaded; a user's own setting stands
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:

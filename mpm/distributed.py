@@ -144,11 +144,6 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
-def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """Mean over the processes, a new floating-point tensor of the same shape; outside autograd."""
-    return sum_over_ranks(tensor) / world_size()
-
-
 def gather_rows(tensor: Tensor) -> Tensor:
     """Concatenates [n_r, ...] of every process in rank order; the n_r may differ. Outside autograd."""
     if world_size() == 1:

@@ -86,9 +86,12 @@ def finetune(config: FinetuneConfig, *, stop_after: int | None = None) -> None:
             flops_per_image=3 * 2 * macs,
             ceiling=matmul_flops_per_s(device, build.dtype(optim)),
         )
-        start, metadata = run.restore(objective=objective, optimizer=optimizer, reporter=reporter, ema=ema)
+        known = {"images": len(data.train), "classes": list(data.classes)}
+        start, metadata = run.restore(
+            objective=objective, optimizer=optimizer, reporter=reporter, ema=ema, data=known
+        )
         metadata = {"best_val": -1.0, "weights": "ema" if ema else "model"} | metadata
-        metadata |= {"classes": list(data.classes)}
+        metadata |= {"classes": list(data.classes), "data": known}
         log_facts(
             {
                 "parameters": build.parameters(network),
@@ -140,6 +143,7 @@ def finetune(config: FinetuneConfig, *, stop_after: int | None = None) -> None:
             best = False
             is_time = step % evaluate_every == 0 or step == schedule.steps
             if data.val is not None and is_time:
+                reporter.check_finite(step)
                 with reporter.paused():
                     scores = _scores(objective, ema, data.val, config, normalize, device)
                     reporter.scalars(
@@ -155,7 +159,7 @@ def finetune(config: FinetuneConfig, *, stop_after: int | None = None) -> None:
                 log.info("stopped at step %d on request; the same command continues", step)
                 break
         is_done = not stopping and last == schedule.steps
-        if is_done and data.test is not None and not (run.folder / "result.json").exists():
+        if is_done and data.test is not None and not run.has("result.json"):
             _test(run, objective, ema, data, config, normalize, device)
         reporter.close()
 
@@ -255,8 +259,10 @@ def _test(
         "train_images": len(data.train),
         "init": config.init.checkpoint if config.init else None,
     }
-    (run.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     write_picture(run.folder / "confusion.png", confusion_picture(score.confusion, data.classes))
+    new = run.folder / "result.json.partial"
+    new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    new.replace(run.folder / "result.json")  # last: it says that the test was done
     log.info("test images, step %d, %s weights:\n%s", chosen.step, weights, score.table(data.classes))
 
 

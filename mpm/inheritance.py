@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from mpm import configfile
 from mpm.backbones.classifier import Classifier
 from mpm.config import FinetuneConfig
 from mpm.network import Trunk, part_of
@@ -19,7 +20,7 @@ def inherit(config: FinetuneConfig, trunk: Trunk | None) -> FinetuneConfig:
     copied to each (BEiT's).
 
     Raises:
-        ValueError: if the configuration names another architecture than the checkpoint's.
+        ValueError: if the configuration names another architecture than the checkpoint's, or does not fit it.
     """
     data = config.data
     if trunk is None:
@@ -42,7 +43,14 @@ def inherit(config: FinetuneConfig, trunk: Trunk | None) -> FinetuneConfig:
     config = with_data(
         config, **{key: value for key, value in inherited.items() if getattr(data, key) is None}
     )
-    return config.model_copy(update={"backbone": backbone.model_copy(update={"positions": loosened})})
+    if config.data.mean is None or config.data.std is None:
+        raise ValueError(
+            f"data.channels {config.data.channels} is not the checkpoint's {trunk.channels}; "
+            f"give data.mean and data.std too: measured, or a list of {config.data.channels}"
+        )
+    config = config.model_copy(update={"backbone": backbone.model_copy(update={"positions": loosened})})
+    merged = config.model_dump(mode="json")  # the rules hold for what came together, too
+    return configfile.validate(merged, FinetuneConfig, name=f"configuration over {trunk.path}")
 
 
 def start_from(trunk: Trunk, network: Classifier, config: FinetuneConfig) -> None:

@@ -10,6 +10,7 @@ from mpm import build, distributed
 from mpm.config import PretrainConfig, Source
 from mpm.data.datasets import ImageSource
 from mpm.data.loading import eval_loader
+from mpm.data.subsets import Subset
 from mpm.data.substitution import Substituting
 from mpm.data.views import EvalView
 from mpm.evaluation.features import Features, extract, feature_std, rank_me
@@ -56,14 +57,16 @@ class Monitor:
         self._bank = self._labelled(config.monitor.train)
         self._queries = self._labelled(config.monitor.test)
         shown = self._queries or Substituting(images)
-        self._unlabelled = shown
+        rng = np.random.default_rng(config.seed)
+        # a few of all, in random order: folders come class by class
+        self._some = rng.permutation(len(shown))[:_UNLABELLED_IMAGES]
+        self._shown = shown if self._queries is not None else Subset(shown, self._some)
         count = min(config.monitor.images, len(shown))
-        places = np.random.default_rng(config.seed).permutation(len(shown))[:count]
+        places = self._some[:count]
         self._images = (
             torch.stack([self._view(shown.read(int(place))) for place in places]) if count else None
         )
         sampler = build.mask_sampler(config)
-        rng = np.random.default_rng(config.seed)
         self._masked = torch.from_numpy(np.stack([sampler(rng) for _ in range(max(count, 1))]))
 
     @torch.no_grad()
@@ -81,14 +84,11 @@ class Monitor:
             objective.train(was_training)
 
     def _signals(self, objective: MaskedPrediction) -> dict[str, float]:
-        limit = None if self._queries is not None else _UNLABELLED_IMAGES
-        queries = self._features(objective, self._unlabelled, limit)
-        signals = {
-            "rank_me": rank_me(queries.features[:_UNLABELLED_IMAGES]),
-            "feature_std": feature_std(queries.features),
-        }
+        queries = self._features(objective, self._shown)
+        some = queries.features if self._queries is None else queries.features[self._some]
+        signals = {"rank_me": rank_me(some), "feature_std": feature_std(some)}
         if self._bank is not None and self._bank.classes is not None:
-            bank = self._features(objective, self._bank, None)
+            bank = self._features(objective, self._bank)
             signals["knn_top1"] = knn_accuracy(
                 queries.features,
                 queries.labels,
@@ -99,15 +99,13 @@ class Monitor:
             )
         return signals
 
-    def _features(self, objective: MaskedPrediction, images: ImageSource, limit: int | None) -> Features:
+    def _features(self, objective: MaskedPrediction, images: ImageSource) -> Features:
         def encode(batch: Tensor) -> Tensor:
             encoded = objective.backbone(self._normalize(to_unit(batch, self._device)))
             return objective.predictor.norm(encoded.patches).mean(1)
 
         workers = self._config.run.workers
-        return extract(
-            encode, eval_loader(images, self._view, batch_size=_BATCH, workers=workers), limit=limit
-        )
+        return extract(encode, eval_loader(images, self._view, batch_size=_BATCH, workers=workers))
 
     def _picture(self, objective: MaskedPrediction) -> Tensor | None:
         if self._images is None or not distributed.is_main():

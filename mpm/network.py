@@ -147,14 +147,17 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """The mean of the normalised patch tokens.
+        """What a classifier reads; of a pretrained network, the mean of the normalised patch tokens.
 
         Args:
             images: [B,C,H,W] of the network's size, uint8 or float32 in [0,1].
 
         Returns: float32 [B,D].
         """
-        return self.norm(self.backbone(self._input(images)).patches).mean(1)
+        encoded = self.backbone(self._input(images))
+        if self.classifier is not None:
+            return self.classifier.readout(encoded)[:, 0]
+        return self.norm(encoded.patches).mean(1)
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:

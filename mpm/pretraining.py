@@ -69,7 +69,8 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> None:
             flops_per_image=3 * 2 * macs,  # the backward pass costs two forward passes
             ceiling=matmul_flops_per_s(device, build.dtype(optim)),
         )
-        start, _ = run.restore(objective=objective, optimizer=optimizer, reporter=reporter)
+        known = {"images": len(images)}
+        start, _ = run.restore(objective=objective, optimizer=optimizer, reporter=reporter, data=known)
         monitor = Monitor(config, images, target=target, normalize=normalize, device=device)
         log_facts(_facts(config, objective, schedule, macs=macs, images=images, device=device, start=start))
 
@@ -91,7 +92,13 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> None:
 
         def save(step: int) -> None:
             reporter.check_finite(step)
-            run.save(step, objective=objective, optimizer=optimizer, reporter=reporter, metadata={})
+            run.save(
+                step,
+                objective=objective,
+                optimizer=optimizer,
+                reporter=reporter,
+                metadata={"data": known},
+            )
 
         for report in steps:
             step = report.step
@@ -102,6 +109,7 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> None:
             if step % cadence.log_every == 0 or step == last:
                 reporter.log(step)
             if step % config.monitor.every == 0 or step == schedule.steps:
+                reporter.check_finite(step)
                 with reporter.paused():
                     signals, picture = monitor.look(objective)
                     reporter.scalars(step, signals, prefix="probe/")
@@ -120,7 +128,9 @@ def _continue_from(trunk: Trunk, objective: MaskedPrediction, *, channels: int) 
     """Load the backbone, and the predictor where it is the same."""
     objective.backbone.load_state_dict(trunk.weights_for(objective.backbone, channels=channels))
     predictor = objective.get_submodule("predictor")
-    own, theirs = predictor.state_dict(), trunk.state["predictor"]
+    # a fixed position table is of this run's grid, not a weight
+    theirs = trunk.state["predictor"] | dict(predictor.named_buffers())
+    own = predictor.state_dict()
     same = {name: t.shape for name, t in own.items()} == {name: t.shape for name, t in theirs.items()}
     if same:
         predictor.load_state_dict(theirs)

@@ -157,7 +157,13 @@ class Run:
             new = written.with_suffix(".partial")
             new.write_text(configfile.dump(config), encoding="utf-8")
             new.replace(written)  # whole or as it was, also on a full disk
+            if self.resumes_from is None:
+                (self.folder / "result.json").unlink(missing_ok=True)  # of a run that never saved
             _log_to(self.folder / "log.txt")
+
+    def has(self, name: str) -> bool:
+        """Whether the folder holds a file, as the main process sees it."""
+        return bool(distributed.broadcast_object((self.folder / name).exists()))
 
     def save(
         self,
@@ -197,15 +203,32 @@ class Run:
         optimizer: torch.optim.Optimizer,
         reporter: Reporter,
         ema: Any = None,
+        data: dict[str, Any],
     ) -> tuple[int, dict[str, Any]]:
         """Continue where the newest checkpoint stopped; on the same number of processes bit by bit.
 
+        Args:
+            objective: gets its weights.
+            optimizer: gets its state.
+            reporter: gets the window of its log.
+            ema: gets its average.
+            data: what must not have changed since, as `save` was given it under "data".
+
         Returns: finished steps (0 for a new run) and the checkpoint's metadata.
+
+        Raises:
+            ValueError: if the data is another, or the checkpoint is broken.
         """
         if self.resumes_from is None:
             reporter.resume(0)
             return 0, {}
         saved = checkpoint.load(self.resumes_from)
+        for name, now in data.items():
+            if (then := saved.metadata["data"][name]) != now:
+                raise ValueError(
+                    f"the training data has other {name} than when {self.folder} began: {_shortened(now)}, "
+                    f"not {_shortened(then)}; restore them, or choose another run.output_dir"
+                )
         state = checkpoint.load_train_state(self.resumes_from)
         objective.load_state_dict(saved.model)
         optimizer.load_state_dict(state["optimizer"])
@@ -227,3 +250,8 @@ class Run:
             )
         log.info("continuing %s from step %d", self.folder, saved.step)
         return saved.step, saved.metadata
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -22,7 +22,7 @@ def test_one_process_is_its_own_group() -> None:
     assert distributed.is_main()
     distributed.barrier()
     x = torch.randn(3, 2)
-    for function in (distributed.sum_over_ranks, distributed.mean_over_ranks, distributed.gather_rows):
+    for function in (distributed.sum_over_ranks, distributed.gather_rows):
         assert function(x).equal(x)
     assert distributed.sum_over_ranks(x) is not x
     assert distributed.any_rank(True)
@@ -101,7 +101,6 @@ def collectives(run_dir: Path) -> None:
     assert torch.get_num_threads() == max(1, cores // 2)
     assert distributed.world_size() == 2
     assert distributed.sum_over_ranks(torch.tensor([rank, 1])).tolist() == [1, 2]
-    assert distributed.mean_over_ranks(torch.tensor([rank, 1.0])).tolist() == [0.5, 1]
     assert [distributed.any_rank(rank in ranks) for ranks in ((), (0,), (1,), (0, 1))] == [
         False,
         True,

@@ -26,7 +26,11 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Run(Section):
-    """What may move rounding and nothing else: two runs are the same where all but this is equal."""
+    """Where and how it runs: two runs are the same experiment where all but this is equal.
+
+    Nothing here moves more than rounding, except that a micro-batch is what batch norm, Mixup and dropped paths
+    see at once.
+    """
 
     output_dir: Location
     """Folder of checkpoints, logs and the resolved configuration."""

@@ -107,7 +107,7 @@ def _first_folders(paths: PathTable, root: Path) -> tuple[tuple[str, ...], np.nd
         if not inside:
             raise ValueError(
                 f"{os.fsdecode(path)} lies directly in {root}, outside any class folder; "
-                "move the images to one folder a class (root/class/image.jpg), or set labels to none"
+                "move the images to one folder a class (root/class/image.jpg)"
             )
         labels[index] = numbers.setdefault(folder, len(numbers))
     return tuple(os.fsdecode(folder) for folder in numbers), labels

@@ -57,8 +57,9 @@ class LabelledBatch(NamedTuple):
 class _Delivery(NamedTuple):
     """What comes from a worker: a batch and the files replaced in it, or what the user has to be told."""
 
-    batch: Any = None
+    batch: Any = None  # None: every image of it is broken
     broken: tuple[tuple[int, str], ...] = ()  # index, reason
+    fate: str = "the next readable image takes its place"
     error: ValueError | None = None
 
 
@@ -111,13 +112,17 @@ class _EvalDataset(Dataset[_Delivery]):
         self._view = view
 
     def __getitems__(self, indices: list[int]) -> _Delivery:
-        try:
-            images = [self._view(self._source.read(index)) for index in indices]
-        except UnreadableImage as error:  # another one in its place would falsify the result
-            return _Delivery(error=ValueError(f"{error}; repair or remove it, every image counts here"))
-        except ValueError as error:
-            return _Delivery(error=error)
-        return _Delivery(_collate_labelled(images, indices, self._source))
+        images, readable, broken = [], [], []
+        for index in indices:
+            try:
+                images.append(self._view(self._source.read(index)))
+                readable.append(index)
+            except UnreadableImage as error:  # another one in its place would count twice
+                broken.append((index, str(error)))
+            except ValueError as error:
+                return _Delivery(error=error)
+        batch = _collate_labelled(images, readable, self._source) if images else None
+        return _Delivery(batch, tuple(broken), fate="it is left out")
 
 
 def stack(images: list[Tensor]) -> Tensor:
@@ -148,7 +153,7 @@ class BatchLoader:
     """Batches of a DataLoader, and an account of the files that could not be read.
 
     Attributes:
-        broken: index in the source -> reason, of every image replaced so far on this process.
+        broken: index in the source -> reason, of every broken image met so far on this process.
 
     Raises:
         ValueError (while iterating): if over 1 % of the source is broken, or an image does not fit.
@@ -170,9 +175,10 @@ class BatchLoader:
                 if index not in self.broken:
                     self.broken[index] = reason
                     so_far = len(self.broken), len(self._source)
-                    _log.warning("%s; the next readable image takes its place (%d of %d)", reason, *so_far)
+                    _log.warning("%s; %s (%d of %d)", reason, delivery.fate, *so_far)
             check_share(self.broken, len(self._source))
-            yield delivery.batch
+            if delivery.batch is not None:
+                yield delivery.batch
 
 
 def train_loader(
@@ -194,7 +200,8 @@ def eval_loader(
 ) -> BatchLoader:
     """Every image once over all processes: this one's are rank, rank + world_size, ...
 
-    Shares may differ by one image; nothing is padded or repeated.
+    Shares may differ by one image; nothing is padded or repeated. A broken image is left out, counted, and an
+    error above 1 %.
 
     Args:
         source: the images.

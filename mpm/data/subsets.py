@@ -99,7 +99,7 @@ def train_val_split(source: ImageSource, fraction: float, *, seed: int) -> tuple
 
 def _shuffled_classes(source: ImageSource, seed: int) -> list[np.ndarray]:
     if source.classes is None:
-        raise ValueError("the images have no labels; set labels to folders, with one folder a class")
+        raise ValueError("the images have no labels; put them into one folder a class")
     labels = np.array([source.label(index) for index in range(len(source))])
     groups = [np.flatnonzero(labels == number) for number in range(len(source.classes))]
     return [_generator(seed, number).permutation(group) for number, group in enumerate(groups) if len(group)]

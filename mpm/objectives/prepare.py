@@ -16,9 +16,17 @@ __all__ = ["Mixing", "PrepareLabelled", "PrepareMasked", "to_unit"]
 
 
 def to_unit(images: Tensor, device: torch.device) -> Tensor:
-    """Images uint8, or float32 in [0,1], to float32 in [0,1] on the device."""
+    """Images uint8, or float32 in [0,1], to float32 in [0,1] on the device.
+
+    Raises:
+        ValueError: for other integers, whose white is unknown.
+    """
     images = images.to(device, non_blocking=True)
-    return images.float().div_(255) if images.dtype == torch.uint8 else images
+    if images.dtype == torch.uint8:
+        return images.float().div_(255)
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}; give uint8, or float32 in [0, 1]")
+    return images
 
 
 class _MaskedBatch(Protocol):

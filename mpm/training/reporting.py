@@ -128,10 +128,12 @@ class Reporter:
         names = list(self._sums)
         means = (torch.stack([self._sums[name] for name in names]) / self._steps).cpu()
         by_rank = distributed.gather_rows(means[None])
-        broken = [rank for rank, row in enumerate(by_rank) if not math.isfinite(row[names.index("loss")])]
+        # a finite loss with a gradient that is not has already spoilt the weights
+        watched = [names.index("loss"), names.index("grad_norm")]
+        broken = [rank for rank, row in enumerate(by_rank) if not row[watched].isfinite().all()]
         if broken:
             raise FloatingPointError(
-                f"the loss is not finite in steps {step - self._steps + 1} to {step} on rank "
+                f"the loss or its gradient is not finite in steps {step - self._steps + 1} to {step} on rank "
                 f"{', '.join(map(str, broken))}, lr {self._lr:.3g}; the last checkpoint is good: try "
                 "a smaller optim.lr, a longer warm-up or a smaller optim.clip_norm"
             )

@@ -159,9 +159,13 @@ def test_evaluation_sees_each_image_once(
     assert sorted(seen) == list(range(10))
 
 
-def test_evaluation_does_not_replace_broken_images(memory_images: Callable) -> None:
-    with pytest.raises(ValueError, match="cannot read memory/7"):
-        list(eval_loader(memory_images(500, broken={7}), EvalView((8, 8)), batch_size=4, workers=0))
+def test_evaluation_leaves_out_broken_images_and_counts_them(memory_images: Callable) -> None:
+    few = eval_loader(memory_images(500, broken={7}), EvalView((8, 8)), batch_size=1, workers=0)
+    seen = [index for batch in few for index in batch.index.tolist()]
+    assert seen == [index for index in range(500) if index != 7]
+    assert list(few.broken) == [7]
+    with pytest.raises(ValueError, match="6 of 500 images cannot be read, which is more than 1 %"):
+        list(eval_loader(memory_images(500, broken={*range(9)}), EvalView((8, 8)), batch_size=2, workers=0))
 
 
 def test_workers_outlive_a_signal_to_the_group(memory_images: Callable) -> None:

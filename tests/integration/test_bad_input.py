@@ -114,6 +114,16 @@ def test_few_undecodable_images_are_replaced_counted_and_logged(
     assert (tmp_path / "run" / "reconstructions.png").exists()
 
 
+def test_run_is_not_continued_on_other_images(commands: CommandLine, tmp_path: Path) -> None:
+    images = folder_of_images(tmp_path / "images", whole=40, torn=0)
+    assert pretrain_on(commands, images, tmp_path / "run", "monitor.images=0").status == 0
+    next(images.rglob("*.png")).unlink()
+    ended = pretrain_on(commands, images, tmp_path / "run", "monitor.images=0")
+    assert ended.status == 2
+    assert "the training data has other images than when" in ended.complaint
+    assert "39, not 40; restore them, or choose another run.output_dir" in ended.complaint
+
+
 def test_more_than_one_percent_undecodable_is_an_error(commands: CommandLine, tmp_path: Path) -> None:
     images = folder_of_images(tmp_path / "images", whole=58, torn=2)
     ended = pretrain_on(commands, images, tmp_path / "run", "monitor.images=0")
@@ -161,6 +171,18 @@ def test_checkpoint_of_another_architecture_is_refused(
         "mpm: backbone.dim 64 is not the checkpoint's, 32; leave it out, or choose another init.checkpoint"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_other_channels_than_the_checkpoints_need_their_statistics(
+    commands: CommandLine, pretrained: Path, tmp_path: Path
+) -> None:
+    given = [*TINY, f"init.checkpoint={pretrained}", f"run.output_dir={tmp_path / 'run'}"]
+    ended = commands("finetune.py", "--config", FINETUNE, *given, "data.channels=1")
+    assert ended.status == 2
+    assert "data.channels 1 is not the checkpoint's 3; give data.mean and data.std too" in ended.complaint
+    ended = commands("finetune.py", "--config", FINETUNE, *given, "data.mean=[0.5]")
+    assert ended.status == 2
+    assert "mean has 1 numbers for 3 channels; give 3" in ended.complaint
 
 
 @pytest.mark.parametrize(
@@ -273,7 +295,9 @@ def test_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoints(
         "pretrain.py", "--config", DEBUG, *TINY, *rate, "monitor.images=0", f"run.output_dir={run}"
     )
     assert ended.status == 1
-    told = r"the loss is not finite in steps (\d) to (\d) on rank 0, lr \S+; .*smaller optim\.lr"
+    told = (
+        r"the loss or its gradient is not finite in steps (\d) to (\d) on rank 0, lr \S+; .*smaller optim\.lr"
+    )
     match = re.search(told, ended.complaint)
     assert match
     saved = checkpoint.latest(run)

@@ -110,6 +110,14 @@ def test_resume_cuts_later_and_torn_lines(torn: bytes, tmp_path: Path) -> None:
     assert events_of(tmp_path, "x") == expected
 
 
+def test_a_gradient_that_is_not_finite_stops_before_its_weights_are_saved(tmp_path: Path) -> None:
+    reporter = reporter_at(tmp_path)
+    reporter.resume(0)
+    reporter.add(report_at(1)._replace(grad_norm=torch.tensor(math.inf)))
+    with pytest.raises(FloatingPointError, match="not finite in steps 1 to 1"):
+        reporter.check_finite(1)
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_and_says_where(loss: float, tmp_path: Path) -> None:
     reporter = reporter_at(tmp_path)
