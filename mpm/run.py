@@ -221,6 +221,7 @@ class Run:
         """
         if self.resumes_from is None:
             reporter.resume(0)
+            reporter.text("config", f"```yaml\n{configfile.dump(self.config)}```")
             return 0, {}
         saved = checkpoint.load(self.resumes_from)
         for name, now in data.items():

@@ -28,7 +28,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class Run(Section):
     """Where and how it runs: two runs are the same experiment where all but this is equal.
 
-    Nothing here moves more than rounding, except that a micro-batch is what batch norm, Mixup and dropped paths
+    Nothing here moves more than rounding, except that a micro-batch is what batch norm, Mixup and drop path
     see at once.
     """
 
