@@ -17,8 +17,8 @@ QKVBias = Literal["all", "query_value", "none"]
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Softmax attention by the fastest exact way on this device and type.
 
-    On CPUs without AMX tiles torch's fused kernel is slow in bf16: there the two products are written out, with
-    the softmax in float32 (1.24 times a whole training step of ViT-S, docs/evidence.md).
+    On CPUs without AMX tiles torch's fused kernel is slow in bf16: there the two products are written out,
+    with the softmax in float32 (1.24 times a whole training step of ViT-S, docs/evidence.md).
 
     Args:
         q: [B,h,S,d].
