@@ -23,6 +23,8 @@ from mpm.data.views import MASK_STREAM, EvalView, PretrainView, TrainView, sampl
 
 _log = logging.getLogger(__name__)
 
+_PATIENCE_S = 600  # for one batch: a worker that died or hangs ends the run, which can then be continued
+
 
 class PretrainBatch(NamedTuple):
     """Masked images.
@@ -207,11 +209,12 @@ def eval_loader(
         source: the images.
         view: of each.
         batch_size: images of a batch on this process; the last one may be smaller.
-        workers: processes that read ahead; 0: none.
+        workers: processes that read ahead, at most one for two batches; 0: none.
         pin_memory: hand batches over in page-locked memory, for CUDA.
     """
     indices = range(distributed.rank(), len(source), distributed.world_size())
     batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
+    workers = min(workers, len(batches) // 2)  # starting one for a single batch does not pay
     return BatchLoader(_data_loader(_EvalDataset(source, view), batches, workers, pin_memory), source)
 
 
@@ -223,6 +226,7 @@ def _data_loader(dataset: Dataset[_Delivery], batches: Any, workers: int, pin_me
         collate_fn=_as_delivered,
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_parent,
+        timeout=_PATIENCE_S if workers else 0,
         generator=torch.Generator(),  # or every iterator would draw from the global one
     )
 
