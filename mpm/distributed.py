@@ -5,6 +5,7 @@ counts and Python objects never touch the device.
 """
 
 import datetime
+import gc
 import itertools
 import os
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # its default arguments would keep a group that is there at import
 from torch import Tensor
 
 _groups = itertools.count()
@@ -64,8 +66,12 @@ def start(device: str = "auto", *, threads: int | None = None, timeout_s: float 
 
 
 def stop() -> None:
-    """Leaves the group of processes."""
+    """Leaves the group of processes and ends its threads, where nobody holds a DDP module any more.
+
+    A thread of gloo that lives on may free a tensor while the interpreter shuts down, and aborts the process.
+    """
     if dist.is_initialized():
+        gc.collect()  # DDP modules are in cycles
         dist.destroy_process_group()
 
 

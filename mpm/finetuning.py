@@ -54,114 +54,118 @@ def finetune(config: FinetuneConfig, *, stop_after: int | None = None) -> None:
         OSError: if a checkpoint could not be written; the last one stays.
     """
     with started(config) as device, StopRequest() as stop:
-        trunk = read_trunk(config.init.checkpoint) if config.init is not None else None
-        config = inherit(config, trunk)
-        data = open_labelled(config)
-        mean, std = _moments(config, data.train)
-        config = with_data(config, mean=mean, std=std)
-        run = Run(config, "finetune")
-        optim, cadence = config.optim, config.run
+        _finetune(config, stop_after, device=device, stop=stop)
 
-        seed_everything(config.seed)
-        normalize = Normalize(mean, std).to(device)
-        network = _network(config, num_classes=len(data.classes)).to(device)
-        view = build.train_view(config.data, _image_size(config))
-        if trunk is not None and run.resumes_from is None:
-            start_from(trunk, network, config)
-            _recalibrate_stem(network, normalize, data.train, config, device)
-        objective = build.supervised(config, network)
-        compile_blocks(objective, cadence.compile, device)
-        trained = parallel(objective, device)
-        seed_everything(config.seed + distributed.rank())
-        ema = create_ema(objective, decay=config.ema.decay) if config.ema is not None else None
 
-        schedule = build.Schedule(optim, len(data.train))
-        last = min(schedule.steps, stop_after or schedule.steps)
-        optimizer = build.optimizer(optim, objective)
-        macs = _macs(config, len(data.classes))
-        reporter = Reporter(
-            run.folder,
-            total_steps=schedule.steps,
-            global_batch=optim.batch_size,
-            flops_per_image=3 * 2 * macs,
-            ceiling=matmul_flops_per_s(device, build.dtype(optim)),
-        )
-        known = {"images": len(data.train), "classes": list(data.classes)}
-        start, metadata = run.restore(
-            objective=objective, optimizer=optimizer, reporter=reporter, ema=ema, data=known
-        )
-        metadata = {"best_val": -1.0, "weights": "ema" if ema else "model"} | metadata
-        metadata |= {"classes": list(data.classes), "data": known}
-        log_facts(
-            {
-                "parameters": build.parameters(network),
-                "forward": f"{macs / 1e9:.3g} GMACs an image",
-                "starts from": str(trunk.path) if trunk else "scratch",
-                "classes": str(len(data.classes)),
-                **build.facts(config, schedule, num_images=len(data.train), device=device, start=start),
-            }
-        )
-        pin = device.type == "cuda"
-        steps = train_steps(
-            trained,
-            build.training_loader(config, data.train, view, start=start, stop=last, pin_memory=pin),
-            prepare=build.prepare_labelled(
-                config, normalize=normalize, num_classes=len(data.classes), device=device
-            ),
+def _finetune(
+    config: FinetuneConfig, stop_after: int | None, *, device: torch.device, stop: StopRequest
+) -> None:
+    trunk = read_trunk(config.init.checkpoint) if config.init is not None else None
+    config = inherit(config, trunk)
+    data = open_labelled(config)
+    mean, std = _moments(config, data.train)
+    config = with_data(config, mean=mean, std=std)
+    run = Run(config, "finetune")
+    optim, cadence = config.optim, config.run
+
+    seed_everything(config.seed)
+    normalize = Normalize(mean, std).to(device)
+    network = _network(config, num_classes=len(data.classes)).to(device)
+    view = build.train_view(config.data, _image_size(config))
+    if trunk is not None and run.resumes_from is None:
+        start_from(trunk, network, config)
+        _recalibrate_stem(network, normalize, data.train, config, device)
+    objective = build.supervised(config, network)
+    compile_blocks(objective, cadence.compile, device)
+    trained = parallel(objective, device)
+    seed_everything(config.seed + distributed.rank())
+    ema = create_ema(objective, decay=config.ema.decay) if config.ema is not None else None
+
+    schedule = build.Schedule(optim, len(data.train))
+    last = min(schedule.steps, stop_after or schedule.steps)
+    optimizer = build.optimizer(optim, objective)
+    macs = _macs(config, len(data.classes))
+    reporter = Reporter(
+        run.folder,
+        total_steps=schedule.steps,
+        global_batch=optim.batch_size,
+        flops_per_image=3 * 2 * macs,
+        ceiling=matmul_flops_per_s(device, build.dtype(optim)),
+    )
+    known = {"images": len(data.train), "classes": list(data.classes)}
+    start, metadata = run.restore(
+        objective=objective, optimizer=optimizer, reporter=reporter, ema=ema, data=known
+    )
+    metadata = {"best_val": -1.0, "weights": "ema" if ema else "model"} | metadata
+    metadata |= {"classes": list(data.classes), "data": known}
+    log_facts(
+        {
+            "parameters": build.parameters(network),
+            "forward": f"{macs / 1e9:.3g} GMACs an image",
+            "starts from": str(trunk.path) if trunk else "scratch",
+            "classes": str(len(data.classes)),
+            **build.facts(config, schedule, num_images=len(data.train), device=device, start=start),
+        }
+    )
+    pin = device.type == "cuda"
+    steps = train_steps(
+        trained,
+        build.training_loader(config, data.train, view, start=start, stop=last, pin_memory=pin),
+        prepare=build.prepare_labelled(
+            config, normalize=normalize, num_classes=len(data.classes), device=device
+        ),
+        optimizer=optimizer,
+        lr_at=schedule.lr_at,
+        start=start,
+        stop=last,
+        accumulate=build.accumulation(config),
+        clip_norm=optim.clip_norm,
+        dtype=build.dtype(optim),
+        ema=ema,
+    )
+    evaluate_every = config.evaluate_every or schedule.per_epoch
+    stopping = False
+
+    def save(step: int, *, best: bool = False) -> None:
+        reporter.check_finite(step)
+        run.save(
+            step,
+            objective=objective,
             optimizer=optimizer,
-            lr_at=schedule.lr_at,
-            start=start,
-            stop=last,
-            accumulate=build.accumulation(config),
-            clip_norm=optim.clip_norm,
-            dtype=build.dtype(optim),
+            reporter=reporter,
             ema=ema,
+            metadata=metadata,
+            best=best,
         )
-        evaluate_every = config.evaluate_every or schedule.per_epoch
-        stopping = False
 
-        def save(step: int, *, best: bool = False) -> None:
+    for report in steps:
+        step = report.step
+        reporter.add(report)
+        stopping = distributed.any_rank(stop.requested)
+        if stopping:  # before anything that takes long
+            save(step)
+        if step % cadence.log_every == 0 or step == last:
+            reporter.log(step)
+        best = False
+        is_time = step % evaluate_every == 0 or step == schedule.steps
+        if data.val is not None and is_time:
             reporter.check_finite(step)
-            run.save(
-                step,
-                objective=objective,
-                optimizer=optimizer,
-                reporter=reporter,
-                ema=ema,
-                metadata=metadata,
-                best=best,
-            )
-
-        for report in steps:
-            step = report.step
-            reporter.add(report)
-            stopping = distributed.any_rank(stop.requested)
-            if stopping:  # before anything that takes long
-                save(step)
-            if step % cadence.log_every == 0 or step == last:
-                reporter.log(step)
-            best = False
-            is_time = step % evaluate_every == 0 or step == schedule.steps
-            if data.val is not None and is_time:
-                reporter.check_finite(step)
-                with reporter.paused():
-                    scores = _scores(objective, ema, data.val, config, normalize, device)
-                    reporter.scalars(
-                        step, {f"{name}_top1": s.top1 for name, s in scores.items()}, prefix="val/"
-                    )
-                    weights = max(scores, key=lambda name: scores[name].top1)
-                    best = scores[weights].top1 > metadata["best_val"]
-                    if best:
-                        metadata |= {"best_val": scores[weights].top1, "best_step": step, "weights": weights}
-            if step % cadence.save_every == 0 or step == last or stopping or best:
-                save(step, best=best)
-            if stopping:
-                log.info("stopped at step %d on request; the same command continues", step)
-                break
-        is_done = not stopping and last == schedule.steps
-        if is_done and data.test is not None and not run.has("result.json"):
-            _test(run, objective, ema, data, config, normalize, device)
-        reporter.close()
+            with reporter.paused():
+                scores = _scores(objective, ema, data.val, config, normalize, device)
+                reporter.scalars(step, {f"{name}_top1": s.top1 for name, s in scores.items()}, prefix="val/")
+                weights = max(scores, key=lambda name: scores[name].top1)
+                best = scores[weights].top1 > metadata["best_val"]
+                if best:
+                    metadata |= {"best_val": scores[weights].top1, "best_step": step, "weights": weights}
+        if step % cadence.save_every == 0 or step == last or stopping or best:
+            save(step, best=best)
+        if stopping:
+            log.info("stopped at step %d on request; the same command continues", step)
+            break
+    is_done = not stopping and last == schedule.steps
+    if is_done and data.test is not None and not run.has("result.json"):
+        _test(run, objective, ema, data, config, normalize, device)
+    reporter.close()
 
 
 def _network(config: FinetuneConfig, num_classes: int) -> Classifier:

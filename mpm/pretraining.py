@@ -39,89 +39,95 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> None:
         OSError: if a checkpoint could not be written; the last one stays.
     """
     with started(config) as device, StopRequest() as stop:
-        data, optim, cadence = config.data, config.optim, config.run
-        trunk = read_trunk(config.init.checkpoint) if config.init is not None else None
-        if trunk is not None:
-            config = config.model_copy(update={"backbone": config.backbone.over(trunk.backbone)})
-        images = build.source(data, image_size=data.image_size, channels=data.channels, labelled=False)
-        mean, std = build.statistics(data.mean, data.std, images)
-        config = config.model_copy(update={"data": data.model_copy(update={"mean": mean, "std": std})})
-        run = Run(config, "pretrain")
+        _pretrain(config, stop_after, device=device, stop=stop)
 
-        seed_everything(config.seed)
-        normalize = Normalize(mean, std).to(device)
-        target = build.target(config, normalize)
-        objective = build.objective(config, target.out_dim).to(device)
-        if trunk is not None and run.resumes_from is None:
-            _continue_from(trunk, objective, channels=data.channels)
-        compile_blocks(objective, cadence.compile, device)
-        trained = parallel(objective, device)
-        seed_everything(config.seed + distributed.rank())
 
-        schedule = build.Schedule(optim, len(images))
-        last = min(schedule.steps, stop_after or schedule.steps)
-        optimizer = build.optimizer(optim, objective)
-        macs = _macs(config, target.out_dim)
-        reporter = Reporter(
-            run.folder,
-            total_steps=schedule.steps,
-            global_batch=optim.batch_size,
-            flops_per_image=3 * 2 * macs,  # the backward pass costs two forward passes
-            ceiling=matmul_flops_per_s(device, build.dtype(optim)),
-        )
-        known = {"images": len(images)}
-        start, _ = run.restore(objective=objective, optimizer=optimizer, reporter=reporter, data=known)
-        monitor = Monitor(config, images, target=target, normalize=normalize, device=device)
-        log_facts(_facts(config, objective, schedule, macs=macs, images=images, device=device, start=start))
+def _pretrain(
+    config: PretrainConfig, stop_after: int | None, *, device: torch.device, stop: StopRequest
+) -> None:
+    data, optim, cadence = config.data, config.optim, config.run
+    trunk = read_trunk(config.init.checkpoint) if config.init is not None else None
+    if trunk is not None:
+        config = config.model_copy(update={"backbone": config.backbone.over(trunk.backbone)})
+    images = build.source(data, image_size=data.image_size, channels=data.channels, labelled=False)
+    mean, std = build.statistics(data.mean, data.std, images)
+    config = config.model_copy(update={"data": data.model_copy(update={"mean": mean, "std": std})})
+    run = Run(config, "pretrain")
 
-        view = build.pretrain_view(config)
-        pin = device.type == "cuda"
-        batches = build.training_loader(config, images, view, start=start, stop=last, pin_memory=pin)
-        steps = train_steps(
-            trained,
-            batches,
-            prepare=PrepareMasked(target, normalize=normalize, num_masked=config.num_masked, device=device),
+    seed_everything(config.seed)
+    normalize = Normalize(mean, std).to(device)
+    target = build.target(config, normalize)
+    objective = build.objective(config, target.out_dim).to(device)
+    if trunk is not None and run.resumes_from is None:
+        _continue_from(trunk, objective, channels=data.channels)
+    compile_blocks(objective, cadence.compile, device)
+    trained = parallel(objective, device)
+    seed_everything(config.seed + distributed.rank())
+
+    schedule = build.Schedule(optim, len(images))
+    last = min(schedule.steps, stop_after or schedule.steps)
+    optimizer = build.optimizer(optim, objective)
+    macs = _macs(config, target.out_dim)
+    reporter = Reporter(
+        run.folder,
+        total_steps=schedule.steps,
+        global_batch=optim.batch_size,
+        flops_per_image=3 * 2 * macs,  # the backward pass costs two forward passes
+        ceiling=matmul_flops_per_s(device, build.dtype(optim)),
+    )
+    known = {"images": len(images)}
+    start, _ = run.restore(objective=objective, optimizer=optimizer, reporter=reporter, data=known)
+    monitor = Monitor(config, images, target=target, normalize=normalize, device=device)
+    log_facts(_facts(config, objective, schedule, macs=macs, images=images, device=device, start=start))
+
+    view = build.pretrain_view(config)
+    pin = device.type == "cuda"
+    batches = build.training_loader(config, images, view, start=start, stop=last, pin_memory=pin)
+    steps = train_steps(
+        trained,
+        batches,
+        prepare=PrepareMasked(target, normalize=normalize, num_masked=config.num_masked, device=device),
+        optimizer=optimizer,
+        lr_at=schedule.lr_at,
+        start=start,
+        stop=last,
+        accumulate=build.accumulation(config),
+        clip_norm=optim.clip_norm,
+        dtype=build.dtype(optim),
+    )
+
+    def save(step: int) -> None:
+        reporter.check_finite(step)
+        run.save(
+            step,
+            objective=objective,
             optimizer=optimizer,
-            lr_at=schedule.lr_at,
-            start=start,
-            stop=last,
-            accumulate=build.accumulation(config),
-            clip_norm=optim.clip_norm,
-            dtype=build.dtype(optim),
+            reporter=reporter,
+            metadata={"data": known},
         )
 
-        def save(step: int) -> None:
+    for report in steps:
+        step = report.step
+        reporter.add(report)
+        stopping = distributed.any_rank(stop.requested)
+        if stopping:  # before anything that takes long
+            save(step)
+        if step % cadence.log_every == 0 or step == last:
+            reporter.log(step)
+        if step % config.monitor.every == 0 or step == schedule.steps:
             reporter.check_finite(step)
-            run.save(
-                step,
-                objective=objective,
-                optimizer=optimizer,
-                reporter=reporter,
-                metadata={"data": known},
-            )
-
-        for report in steps:
-            step = report.step
-            reporter.add(report)
-            stopping = distributed.any_rank(stop.requested)
-            if stopping:  # before anything that takes long
-                save(step)
-            if step % cadence.log_every == 0 or step == last:
-                reporter.log(step)
-            if step % config.monitor.every == 0 or step == schedule.steps:
-                reporter.check_finite(step)
-                with reporter.paused():
-                    signals, picture = monitor.look(objective)
-                    reporter.scalars(step, signals, prefix="probe/")
-                    if picture is not None:
-                        reporter.image("reconstructions", picture, step)
-                        write_picture(run.folder / "reconstructions.png", picture)
-            if step % cadence.save_every == 0 or step == last or stopping:
-                save(step)  # where stopping, once more: with the window of the log as it now is
-            if stopping:
-                log.info("stopped at step %d on request; the same command continues", step)
-                break
-        reporter.close()
+            with reporter.paused():
+                signals, picture = monitor.look(objective)
+                reporter.scalars(step, signals, prefix="probe/")
+                if picture is not None:
+                    reporter.image("reconstructions", picture, step)
+                    write_picture(run.folder / "reconstructions.png", picture)
+        if step % cadence.save_every == 0 or step == last or stopping:
+            save(step)  # where stopping, once more: with the window of the log as it now is
+        if stopping:
+            log.info("stopped at step %d on request; the same command continues", step)
+            break
+    reporter.close()
 
 
 def _continue_from(trunk: Trunk, objective: MaskedPrediction, *, channels: int) -> None:

@@ -4,7 +4,8 @@
 
 The audit hook sees what the interpreter opens below the folder IMAGES, in loader workers too, so that nothing
 in mpm knows it is watched. Files of NOTES: `process.<rank>` (its id), `status.<rank>` (exit status, where it
-ended by itself), `opened.<rank>.<worker>.<process>` (paths, in order).
+ended by itself), `threads.<rank>` (names of its threads then), `opened.<rank>.<worker>.<process>` (paths, in
+order).
 """
 
 import os
@@ -33,5 +34,7 @@ if __name__ == "__main__":
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as ending:
+        threads = [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]  # only Linux has it
+        (NOTES / f"threads.{RANK}").write_text("".join(threads))
         (NOTES / f"status.{RANK}").write_text(str(ending.code))
         raise
