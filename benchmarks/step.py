@@ -25,12 +25,12 @@ step contains what the library's loop does, which is more for ours: it converts 
 mask and measures the gradient norm, while lightly's gets normalised floats and draws its mask.
 
 How to read the answer: `ratio` is lightly's time / ours, per round A B B A; `mfu` is FLOP/s (3 x the
-forward pass's matrix products, each library's own count) over the ceiling, the FLOP/s of a large square
-matrix product of the same type, measured before every round. `equality` compares the two in fp32 with the
-same weights, images and mask: the losses, and the largest difference of a gradient over the largest
-gradient of its parameter. lightly's class token has a fixed position of zeros where ours carries its own,
-it computes patch embeddings of the whole image by a convolution, and the last decoder block for all tokens:
-the results are the same.
+forward pass's matrix products, each library's own; lightly's counted by torch) over the ceiling, the FLOP/s
+of a large square matrix product of the same type, measured before every round. `equality` compares the two
+in fp32 with the same weights, images and mask: the losses, and the largest difference of a gradient over the
+largest gradient of its parameter. lightly's class token has a fixed position of zeros where ours carries its
+own, it computes patch embeddings of the whole image by a convolution, and the last decoder block for all
+tokens: the results are the same.
 
 `--whole-process` times five steps from the start of the interpreter to its end instead, imports and
 building included, with the peak resident memory; the images are random numbers in memory and nothing is
@@ -160,17 +160,12 @@ def mpm_step(contender: Contender, size: str, batch: Batch, device: torch.device
 
 def mpm_gflop(size: str) -> float:
     """Of one image's training step, in matrix products."""
-    from mpm.backbones.cost import forward_macs
-    from mpm.objectives.masked import MaskedInputs
-    from mpm.patchify.masks import PatchMask
+    from mpm.objectives.cost import masked_macs
 
     meta = torch.device("meta")
     with meta:
         objective, _ = mpm_objective(mpm_config(size, "fp32"), meta)
-        M, N = NUM_MASKED, GRID[0] * GRID[1]
-        mask = PatchMask(torch.empty(1, N - M, dtype=torch.int64), torch.empty(1, M, dtype=torch.int64))
-        inputs = MaskedInputs(torch.empty(1, 3, SIDE, SIDE), mask, torch.empty(1, M, 768))
-        return 3 * 2 * forward_macs(objective, inputs, torch.empty(())) / 1e9
+    return 3 * 2 * masked_macs(objective, num_masked=NUM_MASKED) / 1e9
 
 
 # lightly
@@ -246,12 +241,12 @@ def lightly_step(contender: Contender, size: str, batch: Batch, device: torch.de
 
 def lightly_gflop(size: str) -> float:
     from timm.layers import set_fused_attn
-
-    from mpm.backbones.cost import forward_macs
+    from torch.utils.flop_counter import FlopCounterMode
 
     set_fused_attn(True)
-    with torch.device("meta"):
-        return 3 * 2 * forward_macs(LightlyMAE(size), torch.empty(1, 3, SIDE, SIDE)) / 1e9
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        LightlyMAE(size)(torch.empty(1, 3, SIDE, SIDE))
+    return 3 * counter.get_total_flops() / 1e9
 
 
 # Equality

@@ -11,10 +11,11 @@ from torch import nn
 
 from mpm import config as cfg
 from mpm import distributed
-from mpm.backbones.backbone import Backbone, Positions, vit_blocks
+from mpm.backbones.backbone import Backbone
 from mpm.backbones.classifier import Classifier
+from mpm.backbones.create import create_backbone, create_readout
 from mpm.backbones.initialization import initialize
-from mpm.backbones.readouts import MeanReadout, Readout, TokenReadout
+from mpm.backbones.readouts import Readout
 from mpm.data.datasets import FolderImages, ImageSource, SyntheticImages, TorchvisionImages
 from mpm.data.loading import BatchLoader, ViewDataset, train_loader
 from mpm.data.statistics import channel_statistics
@@ -27,8 +28,6 @@ from mpm.objectives.prepare import Mixing, PrepareLabelled
 from mpm.objectives.supervised import Classification, binary_cross_entropy, cross_entropy
 from mpm.objectives.targets import Normalize, PixelTarget, Target
 from mpm.patchify.masks import BlockMask, MaskSampler, RandomMask
-from mpm.patchify.patches import grid_of
-from mpm.patchify.stems import ConvStem, HierarchicalMLPStem, LinearStem, Stem
 from mpm.training.optimizer import create_adamw, parameter_groups
 from mpm.training.schedule import cosine, multistep
 
@@ -148,41 +147,9 @@ def training_loader(
 # Networks
 
 
-def stem(config: cfg.Stem, patch_size: tuple[int, int], dim: int, *, channels: int) -> Stem:
-    """Patches to tokens."""
-    match config:
-        case cfg.LinearStem():
-            return LinearStem(patch_size, dim, channels=channels)
-        case cfg.HMLPStem(norm=norm, statistics=statistics):
-            return HierarchicalMLPStem(patch_size, dim, channels=channels, norm=norm, statistics=statistics)
-        case cfg.ConvStem(norm=norm):
-            return ConvStem(patch_size, dim, channels=channels, norm=norm)
-
-
 def backbone(config: cfg.Backbone, *, image_size: tuple[int, int], channels: int) -> Backbone:
     """Stem, positions, prefix tokens and trunk; parameters are not initialised."""
-    sizes = config.resolved()
-    grid = grid_of(image_size, sizes.patch_size)
-    positions = config.positions
-    return Backbone(
-        stem(config.stem, sizes.patch_size, sizes.dim, channels=channels),
-        vit_blocks(
-            sizes.dim,
-            sizes.depth,
-            sizes.heads,
-            mlp_ratio=sizes.mlp_ratio,
-            qkv_bias=config.qkv_bias,
-            layer_scale=config.layer_scale,
-            drop_path=config.drop_path,
-        ),
-        grid=grid,
-        positions=None
-        if positions.table == "none"
-        else Positions(grid, sizes.dim, learned=positions.table == "learned"),
-        relative_bias=None if positions.bias == "none" else positions.bias,
-        num_heads=sizes.heads,
-        num_prefix=config.class_token + config.registers,
-    )
+    return create_backbone(config.resolved(), image_size=image_size, channels=channels)
 
 
 def target(config: cfg.PretrainConfig, normalize: Normalize) -> Target:
@@ -227,20 +194,19 @@ def classifier(
     """What fine-tuning trains, with fresh parameters. `trunk` is the resolved backbone."""
     body = backbone(trunk, image_size=image_size, channels=channels)
     built = Classifier(
-        body, readout(config.readout, body.dim), num_classes=num_classes, head_std=config.head_init_std
+        body,
+        readout(config.readout, trunk),
+        num_classes=num_classes,
+        head_std=config.head_init_std,
     )
     initialize(built, trunk.initialization)
     built.reset_heads()
     return built
 
 
-def readout(config: cfg.Readout, dim: int) -> Readout:
-    """Encoder output to the vector that is classified."""
-    match config:
-        case cfg.TokenReadout():
-            return TokenReadout(dim)
-        case cfg.MeanReadout():
-            return MeanReadout(dim)
+def readout(config: cfg.Readout, trunk: cfg.Backbone) -> Readout:
+    """Encoder output to the vectors that are classified; parameters are not initialised."""
+    return create_readout(trunk.resolved(), **config.model_dump())
 
 
 def supervised(config: cfg.FinetuneConfig, network: Classifier) -> Classification:

@@ -85,7 +85,11 @@ def save(
     failure = None
     if distributed.is_main():
         try:
-            _write(folder, step, config, metadata, {"model": model, "ema": ema}, train_state)
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob("*.partial"):
+                _remove(leftover)
+            weights = {"model": model, "ema": ema}
+            _write(folder / _name(step), step, config, metadata, weights, train_state)
             if best:
                 _point(folder, "best", _name(step))
             _point(folder, "latest", _name(step))
@@ -101,6 +105,29 @@ def save(
     if failure:
         raise OSError(failure)
     return folder / _name(step)
+
+
+def write(
+    path: str | Path,
+    *,
+    config: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    model: Mapping[str, Tensor],
+) -> None:
+    """Writes weights without a state of training, as a checkpoint of step 0 that `load` reads.
+
+    Args:
+        path: the checkpoint's directory, which must not exist yet.
+        config: plain data, for YAML.
+        metadata: plain data, for JSON.
+        model: state dict.
+
+    Raises:
+        OSError: if it could not be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, 0, config, metadata, {"model": model, "ema": None}, None)
 
 
 def latest(run_dir: str | Path) -> Path | None:
@@ -191,18 +218,14 @@ def _step(path: Path) -> int:
 
 
 def _write(
-    folder: Path,
+    final: Path,
     step: int,
     config: Mapping[str, Any],
     metadata: Mapping[str, Any],
     weights: Mapping[str, Mapping[str, Tensor] | None],
-    train_state: Mapping[str, Any],
+    train_state: Mapping[str, Any] | None,
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("*.partial"):
-        _remove(leftover)
-    final = folder / _name(step)
-    new, old = final.with_suffix(".partial"), final.with_suffix(".replaced")
+    new, old = (final.with_name(final.name + suffix) for suffix in (".partial", ".replaced"))
     try:
         new.mkdir()
         tied = {}
@@ -211,8 +234,9 @@ def _write(
                 stored, tied[name] = _independent(tensors)
                 with _library_errors():
                     save_file(stored, new / f"{name}.safetensors", metadata={"format": "pt"})
-        with _library_errors(), (new / "train_state.pt").open("wb") as file:
-            torch.save(dict(train_state), file)
+        if train_state is not None:
+            with _library_errors(), (new / "train_state.pt").open("wb") as file:
+                torch.save(dict(train_state), file)
         (new / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
         files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in new.iterdir()}
         manifest = {"step": step, "metadata": dict(metadata), "tied": tied, "files": files}
@@ -226,7 +250,7 @@ def _write(
         _remove(old)
         final.rename(old)
     new.rename(final)
-    _sync(folder)
+    _sync(final.parent)
 
 
 def _independent(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -3,21 +3,34 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from mpm.config import FinetuneConfig, PretrainConfig
+from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig
 from mpm.config.complaints import complaints
 from mpm.config.schema import names, suggestion, unknown_keys
+from mpm.config.section import Section
 from mpm.config.stated import Stated, one_line
 from mpm.config.yaml import Document, parse
-from mpm.variants import Sizes
 
-__all__ = ["ConfigError", "Loaded", "dump", "explain", "load", "model_of", "same_run", "validate"]
+__all__ = [
+    "AnyConfig",
+    "ConfigError",
+    "Loaded",
+    "dump",
+    "explain",
+    "from_words",
+    "load",
+    "model_of",
+    "same_run",
+    "validate",
+]
 
-Config = TypeVar("Config", bound=PretrainConfig | FinetuneConfig)
+AnyConfig = PretrainConfig | FinetuneConfig | ImportedConfig
+Config = TypeVar("Config", bound=AnyConfig)
+AnySection = TypeVar("AnySection", bound=Section)
 
 MOST_LINES = 5
 
@@ -50,22 +63,45 @@ def load(path: str | Path, overrides: Sequence[str], model: type[Config]) -> Loa
         ConfigError: if the file cannot be read, or what it states is wrong.
     """
     stated = Stated(_read(path), name=str(path), model=model)
+    config = _overridden(stated, overrides, model)
+    return Loaded(config, {key: _origin(key, config, stated) for key in _values(config)})
+
+
+def from_words(
+    base: Mapping[str, Any], overrides: Sequence[str], model: type[AnySection], *, name: str
+) -> AnySection:
+    """A section out of plain data and `key=value` words.
+
+    Args:
+        base: nested dicts.
+        overrides: `key=value` words that replace what it states; values are YAML.
+        model: of the section.
+        name: of its source, for messages.
+
+    Raises:
+        ConfigError: if something in it is wrong.
+    """
+    return _overridden(Stated(Document(dict(base), {}), name=name, model=model), overrides, model)
+
+
+def _overridden(stated: Stated, overrides: Sequence[str], model: type[AnySection]) -> AnySection:
     for word in overrides:
         try:
             stated.override(word)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-    config = _validate(stated, model)
-    return Loaded(config, {key: _origin(key, config, stated) for key in _values(config)})
+    return _validate(stated, model)
 
 
-def model_of(path: str | Path) -> type[PretrainConfig] | type[FinetuneConfig]:
-    """Which of the two configurations a file is, by the section that only one of them has.
+def model_of(path: str | Path) -> type[PretrainConfig] | type[FinetuneConfig] | type[ImportedConfig]:
+    """Which of the configurations a file is, by what only that one has.
 
     Raises:
-        ConfigError: if the file cannot be read, or is neither.
+        ConfigError: if the file cannot be read, or is none.
     """
     stated = _read(path).value
+    if stated.get("kind") == "imported":
+        return ImportedConfig
     if "objective" in stated:
         return PretrainConfig
     if "readout" in stated:
@@ -101,7 +137,7 @@ def validate(raw: Mapping[str, Any], model: type[Config], *, name: str) -> Confi
     return _validate(Stated(Document(dict(raw), {}), name=name, model=model), model)
 
 
-def _validate(stated: Stated, model: type[Config]) -> Config:
+def _validate(stated: Stated, model: type[AnySection]) -> AnySection:
     if unknown := list(unknown_keys([model], stated.raw)):
         everywhere = list(names([model]))
         raise _error(
@@ -109,7 +145,7 @@ def _validate(stated: Stated, model: type[Config]) -> Config:
             for key in unknown
         )
     try:
-        return cast(Config, model.model_validate(stated.raw))
+        return model.model_validate(stated.raw)
     except ValidationError as error:
         raise _error(f"{stated.place(key)}: {text}" for key, text in complaints(error, model)) from None
 
@@ -120,7 +156,7 @@ def _error(lines: Iterator[str]) -> ConfigError:
     return ConfigError("\n".join(listed[:MOST_LINES] + more))
 
 
-def dump(config: PretrainConfig | FinetuneConfig) -> str:
+def dump(config: AnyConfig) -> str:
     """YAML that loads again to an equal configuration; what is the checkpoint's is left to it."""
     raw = config.model_dump(mode="json")
     for key in _inherited(config):
@@ -130,7 +166,7 @@ def dump(config: PretrainConfig | FinetuneConfig) -> str:
     return yaml.safe_dump(raw, sort_keys=False, default_flow_style=None, width=110)
 
 
-def explain(config: PretrainConfig | FinetuneConfig, origins: Mapping[str, str]) -> str:
+def explain(config: AnyConfig, origins: Mapping[str, str]) -> str:
     """Every value and where it came from, one a line, aligned."""
     rows = [(key, json.dumps(value), origins.get(key, "default")) for key, value in _values(config).items()]
     rows = [(key, "-" if origin == "checkpoint" else value, origin) for key, value, origin in rows]
@@ -155,23 +191,31 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(below, f"{key}.{name}" if key else name)
 
 
-def _values(config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
-    """Every value by its dotted key, sizes filled in from the variant."""
-    values = dict(_leaves(config.model_dump(mode="json")))
+def _values(config: AnyConfig) -> dict[str, Any]:
+    """Every value by its dotted key, filled in from the variant."""
+    values = config.model_dump(mode="json")
     if config.backbone is not None and not config.backbone.missing:
-        values |= {f"backbone.{key}": value for key, value in config.backbone.resolved()._asdict().items()}
-    return values
+        values["backbone"] |= config.backbone.resolved()._asdict()
+    return dict(_leaves(values))
 
 
-def _origin(key: str, config: PretrainConfig | FinetuneConfig, stated: Stated) -> str:
+def _origin(key: str, config: AnyConfig, stated: Stated) -> str:
     if origin := stated.origin(key):
         return origin
     if any(f"{key}.".startswith(f"{inherited}.") for inherited in _inherited(config)):
         return "checkpoint"
-    section, _, name = key.partition(".")
-    sized = section == "backbone" and config.backbone is not None and config.backbone.variant is not None
-    return "variant" if sized and name in Sizes._fields else "default"
+    return "variant" if _is_of_variant(key.split("."), config) else "default"
 
 
-def _inherited(config: PretrainConfig | FinetuneConfig) -> frozenset[str]:
+def _is_of_variant(keys: list[str], config: AnyConfig) -> bool:
+    """Whether a key of the backbone has its value from the variant, not its default."""
+    if keys[0] != "backbone" or config.backbone is None or config.backbone.variant is None:
+        return False
+    value: Any = config.backbone
+    for key in keys[1:]:
+        value = getattr(value, key)
+    return value is None
+
+
+def _inherited(config: AnyConfig) -> frozenset[str]:
     return config.inherited if isinstance(config, FinetuneConfig) else frozenset()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpm import build, checkpoint, distributed
 from mpm.backbones.classifier import Classifier
-from mpm.backbones.cost import forward_macs
+from mpm.backbones.cost import classifier_macs
 from mpm.config import FinetuneConfig
 from mpm.data.datasets import ImageSource
 from mpm.data.loading import eval_loader
@@ -73,7 +73,7 @@ def _finetune(
     network = _network(config, num_classes=len(data.classes)).to(device)
     view = build.train_view(config.data, _image_size(config))
     if trunk is not None and run.resumes_from is None:
-        start_from(trunk, network, config)
+        start_from(trunk, network, config, data.classes)
         _recalibrate_stem(network, normalize, data.train, config, device)
     objective = build.supervised(config, network)
     compile_blocks(objective, cadence.compile, device)
@@ -84,7 +84,7 @@ def _finetune(
     schedule = build.Schedule(optim, len(data.train))
     last = min(schedule.steps, stop_after or schedule.steps)
     optimizer = build.optimizer(optim, objective)
-    macs = _macs(config, len(data.classes))
+    macs = classifier_macs(network)
     reporter = Reporter(
         run.folder,
         total_steps=schedule.steps,
@@ -199,13 +199,6 @@ def _recalibrate_stem(
     some = islice(loader, min(whole, _RECALIBRATION_BATCHES))
     batches = (normalize(to_unit(batch.images, device)) for batch in some)
     recalibrate(network.backbone.get_submodule("stem"), batches)
-
-
-def _macs(config: FinetuneConfig, num_classes: int) -> float:
-    """Multiply-accumulates of a forward pass of one image."""
-    with torch.device("meta"):
-        network = _network(config, num_classes).eval()
-        return forward_macs(network, torch.empty(1, config.data.channels or 3, *_image_size(config)))
 
 
 def _scores(

@@ -5,8 +5,8 @@ from typing import Any
 
 from mpm import configfile
 from mpm.backbones.classifier import Classifier
-from mpm.config import FinetuneConfig
-from mpm.network import Trunk, part_of
+from mpm.config import FinetuneConfig, Positions
+from mpm.network import Trunk
 
 __all__ = ["inherit", "start_from", "with_data"]
 
@@ -30,13 +30,7 @@ def inherit(config: FinetuneConfig, trunk: Trunk | None) -> FinetuneConfig:
             config, **{key: value for key, value in defaults.items() if getattr(data, key) is None}
         )
     backbone = trunk.backbone if config.backbone is None else config.backbone.over(trunk.backbone)
-    positions = backbone.positions
-    loosened = positions.model_copy(
-        update={
-            "table": "learned" if positions.table == "sincos" else positions.table,
-            "bias": "per_block" if positions.bias == "shared" else positions.bias,
-        }
-    )
+    loosened = Positions(**backbone.resolved().for_fine_tuning().positions)
     inherited: dict[str, Any] = {"image_size": trunk.image_size, "channels": trunk.channels}
     if data.channels in (None, trunk.channels):
         inherited |= {"mean": trunk.mean, "std": trunk.std}
@@ -53,17 +47,26 @@ def inherit(config: FinetuneConfig, trunk: Trunk | None) -> FinetuneConfig:
     return configfile.validate(merged, FinetuneConfig, name=f"configuration over {trunk.path}")
 
 
-def start_from(trunk: Trunk, network: Classifier, config: FinetuneConfig) -> None:
-    """Load the checkpoint's backbone, resampled where the images are of another size.
+def start_from(trunk: Trunk, network: Classifier, config: FinetuneConfig, classes: tuple[str, ...]) -> None:
+    """Load the checkpoint's backbone, resampled for images of another size, and what still fits of the rest.
 
-    A token readout takes over the norm that the checkpoint's reader had; a mean readout starts afresh.
+    The readout is the checkpoint's where it is of the same kind; a token readout also takes over the norm
+    that pretraining predicted from, a mean readout starts afresh. The heads are the checkpoint's where the
+    readout and the classes are: by name, or by number where the checkpoint does not name them.
     """
     assert config.data.channels is not None
     network.backbone.load_state_dict(trunk.weights_for(network.backbone, channels=config.data.channels))
-    norm = part_of(trunk.state["predictor"] or trunk.state["readout"], "norm")
-    if config.readout.kind == "token":
-        network.readout.norm.load_state_dict(norm)
-    log.info("starting from %s, step %d", trunk.path, trunk.step)
+    inherited = ["backbone"]
+    if trunk.readout is not None and trunk.readout == config.readout:
+        network.get_submodule("readout").load_state_dict(trunk.state["readout"])
+        inherited.append("readout")
+        if trunk.classes == classes or (not trunk.classes and trunk.num_classes == len(classes)):
+            network.heads.load_state_dict(trunk.state["heads"])
+            inherited.append("heads")
+    elif config.readout.kind == "token" and trunk.norm:
+        network.readout.norm.load_state_dict(trunk.norm)
+        inherited.append("norm")
+    log.info("starting from %s, step %d: %s", trunk.path, trunk.step, ", ".join(inherited))
 
 
 def with_data(config: FinetuneConfig, **update: Any) -> FinetuneConfig:

@@ -12,28 +12,33 @@ from mpm.backbones.adapt import adapt_state
 from mpm.backbones.backbone import Backbone
 from mpm.backbones.classifier import Classifier
 from mpm.config import Backbone as BackboneConfig
-from mpm.config import FinetuneConfig, PretrainConfig
+from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig, Readout
+from mpm.configfile import AnyConfig
 from mpm.data.images import read_image
 from mpm.data.loading import stack
 from mpm.data.views import EvalView
+from mpm.imported import TIMM, fetch, imported_config
 from mpm.objectives.prepare import to_unit
 from mpm.objectives.targets import Normalize
 from mpm.patchify.patches import grid_of
 
-__all__ = ["Network", "Trunk", "config_of", "load", "part_of", "read_trunk"]
+__all__ = ["Network", "Trunk", "config_of", "is_checkpoint", "load", "part_of", "read_trunk"]
 
 
 class Trunk(NamedTuple):
-    """A backbone as a checkpoint holds it.
+    """A backbone as a checkpoint holds it, with what read it.
 
     Attributes:
-        path: of the checkpoint.
-        step: finished steps.
+        path: of the checkpoint, or where else it came from.
+        step: finished steps; 0 of weights that others trained.
         backbone: its configuration.
         image_size: height and width it was trained at, in pixels.
         channels: of the images.
         mean: per channel, in [0,1].
         std: per channel, in [0,1].
+        readout: what a classifier reads; None: it is pretrained.
+        classes: their names; none where they are not known, as in published files.
+        num_classes: of the classifier; 0: it is pretrained.
         state: everything in the file by part: "backbone", "predictor", "readout", "heads".
     """
 
@@ -44,12 +49,21 @@ class Trunk(NamedTuple):
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    readout: Readout | None
+    classes: tuple[str, ...]
+    num_classes: int
     state: dict[str, dict[str, Tensor]]
 
     @property
     def grid(self) -> tuple[int, int]:
         """Patches per side (rows, columns)."""
         return grid_of(self.image_size, self.backbone.resolved().patch_size)
+
+    @property
+    def norm(self) -> dict[str, Tensor]:
+        """State of the norm after the last block, whose ever; empty where tokens are read without one."""
+        read_by_mean = self.readout is not None and self.readout.kind == "mean"
+        return part_of(self.state["predictor"] or ({} if read_by_mean else self.state["readout"]), "norm")
 
     def weights_for(self, backbone: Backbone, *, channels: int) -> dict[str, Tensor]:
         """The backbone's weights, adapted to another grid, other channels, and a relative bias per block."""
@@ -61,30 +75,58 @@ class Trunk(NamedTuple):
         )
 
 
-def read_trunk(path: str | Path) -> Trunk:
-    """The backbone of a pretraining or fine-tuning checkpoint.
+def read_trunk(source: str | Path) -> Trunk:
+    """The backbone of a checkpoint, of published weights, or of a model of timm.
+
+    Args:
+        source: a run's or a checkpoint's folder, a folder of `mpm import`, a file or folder of published
+            weights (see `mpm.interop.load_official`), or `timm:NAME`.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: if it is broken.
+        ValueError: if it is broken, or not understood.
     """
-    saved = checkpoint.load(path)
-    config = config_of(saved)
+    if not is_checkpoint(source):
+        official = fetch(source)
+        return _trunk(imported_config(official, source=source), official.state, path=Path(source))
+    saved = checkpoint.load(Path(source).expanduser())
+    classes = tuple(saved.metadata.get("classes", ()))
+    return _trunk(config_of(saved), _weights(saved), path=saved.path, step=saved.step, classes=classes)
+
+
+def is_checkpoint(source: str | Path) -> bool:
+    """Whether it is a folder of mpm's, and not weights of others."""
+    if str(source).startswith(TIMM):
+        return False
+    path = Path(source).expanduser()
+    return not path.is_file() and not (path / "config.json").exists()
+
+
+def _trunk(
+    config: AnyConfig,
+    state: dict[str, Tensor],
+    *,
+    path: Path,
+    step: int = 0,
+    classes: tuple[str, ...] = (),
+) -> Trunk:
     data = config.data
     assert config.backbone is not None and data.image_size is not None and data.channels is not None
     assert data.mean is not None and data.std is not None
     mean, std = build.statistics(data.mean, data.std)
+    known = config.num_classes if isinstance(config, ImportedConfig) else len(classes)
     return Trunk(
-        path=saved.path,
-        step=saved.step,
+        path=path,
+        step=step,
         backbone=config.backbone,
         image_size=data.image_size,
         channels=data.channels,
         mean=mean,
         std=std,
-        state={
-            part: part_of(_weights(saved), part) for part in ("backbone", "predictor", "readout", "heads")
-        },
+        readout=None if isinstance(config, PretrainConfig) else config.readout,
+        classes=classes,
+        num_classes=known or 0,
+        state={part: part_of(state, part) for part in ("backbone", "predictor", "readout", "heads")},
     )
 
 
@@ -99,11 +141,14 @@ def _weights(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
     return saved.ema if saved.ema is not None and saved.metadata.get("weights") == "ema" else saved.model
 
 
-def config_of(saved: checkpoint.Checkpoint) -> PretrainConfig | FinetuneConfig:
+def config_of(saved: checkpoint.Checkpoint) -> AnyConfig:
     """The resolved configuration of a checkpoint."""
-    if saved.metadata["kind"] == "pretrain":
-        return configfile.validate(saved.config, PretrainConfig, name=str(saved.path))
-    return configfile.validate(saved.config, FinetuneConfig, name=str(saved.path))
+    kinds: dict[str, type[AnyConfig]] = {
+        "pretrain": PretrainConfig,
+        "finetune": FinetuneConfig,
+        "imported": ImportedConfig,
+    }
+    return configfile.validate(saved.config, kinds[saved.metadata["kind"]], name=str(saved.path))
 
 
 class Network(nn.Module):
@@ -203,40 +248,43 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Network:
         ValueError: if it is broken.
     """
     saved = checkpoint.load(path)
-    trunk = read_trunk(saved.path)
     config = config_of(saved)
+    weights = _weights(saved)
+    trunk = _trunk(
+        config,
+        weights,
+        path=saved.path,
+        step=saved.step,
+        classes=tuple(saved.metadata.get("classes", ())),
+    )
     classifier = None
-    if isinstance(config, FinetuneConfig):
-        classifier = build.classifier(
-            config,
-            trunk.backbone,
-            image_size=trunk.image_size,
-            channels=trunk.channels,
-            num_classes=len(saved.metadata["classes"]),
-        )
-        classifier.load_state_dict(part_of(_weights(saved), "classifier"))
-        backbone, norm = classifier.backbone, classifier.readout.norm
-        crop, interpolation = config.data.test_crop, config.data.interpolation
+    backbone = build.backbone(trunk.backbone, image_size=trunk.image_size, channels=trunk.channels)
+    if trunk.readout is not None and trunk.num_classes:
+        readout = build.readout(trunk.readout, trunk.backbone)
+        classifier = Classifier(backbone, readout, num_classes=trunk.num_classes)
+        classifier.load_state_dict(part_of(weights, "classifier") or weights)
+        norm = readout.norm
     else:
-        backbone = build.backbone(trunk.backbone, image_size=trunk.image_size, channels=trunk.channels)
         backbone.load_state_dict(trunk.state["backbone"])
         norm = nn.LayerNorm(backbone.dim, eps=1e-6)
-        norm.load_state_dict(part_of(trunk.state["predictor"], "norm"))
-        crop, interpolation = 1.0, config.data.interpolation
+        norm.load_state_dict(trunk.norm)
+    crop = 1.0 if isinstance(config, PretrainConfig) else config.data.test_crop
     network = Network(
         backbone,
         norm=norm,
         normalize=Normalize(trunk.mean, trunk.std),
-        view=EvalView(trunk.image_size, crop=crop, interpolation=interpolation),
+        view=EvalView(trunk.image_size, crop=crop, interpolation=config.data.interpolation),
         reading={"channels": trunk.channels, **_depth(config)},
         step=saved.step,
         classifier=classifier,
-        classes=tuple(saved.metadata.get("classes", ())),
+        classes=trunk.classes or tuple(map(str, range(trunk.num_classes))),
     )
     return network.to(device)
 
 
-def _depth(config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
+def _depth(config: AnyConfig) -> dict[str, Any]:
     """What the training images were read with, beside their channels."""
+    if isinstance(config, ImportedConfig):
+        return {}
     source = config.data if isinstance(config, PretrainConfig) else config.data.train
     return source.model_dump(include={"background", "max_value"})

@@ -5,15 +5,14 @@ import logging
 import torch
 
 from mpm import build, distributed
-from mpm.backbones.cost import forward_macs
 from mpm.config import PretrainConfig
 from mpm.data.datasets import ImageSource
 from mpm.monitoring import Monitor
 from mpm.network import Trunk, read_trunk
-from mpm.objectives.masked import MaskedInputs, MaskedPrediction
+from mpm.objectives.cost import masked_macs
+from mpm.objectives.masked import MaskedPrediction
 from mpm.objectives.prepare import PrepareMasked
 from mpm.objectives.targets import Normalize
-from mpm.patchify.masks import PatchMask
 from mpm.run import Run, compile_blocks, log_facts, parallel, seed_everything, started, write_picture
 from mpm.training.ceiling import matmul_flops_per_s
 from mpm.training.loop import StopRequest, train_steps
@@ -67,7 +66,7 @@ def _pretrain(
     schedule = build.Schedule(optim, len(images))
     last = min(schedule.steps, stop_after or schedule.steps)
     optimizer = build.optimizer(optim, objective)
-    macs = _macs(config, target.out_dim)
+    macs = masked_macs(objective, num_masked=config.num_masked)
     reporter = Reporter(
         run.folder,
         total_steps=schedule.steps,
@@ -131,29 +130,21 @@ def _pretrain(
 
 
 def _continue_from(trunk: Trunk, objective: MaskedPrediction, *, channels: int) -> None:
-    """Load the backbone, and the predictor where it is the same."""
+    """Load the backbone, and the predictor where it is the same; else the norm that read the trunk."""
     objective.backbone.load_state_dict(trunk.weights_for(objective.backbone, channels=channels))
     predictor = objective.get_submodule("predictor")
     # a fixed position table is of this run's grid, not a weight
     theirs = trunk.state["predictor"] | dict(predictor.named_buffers())
     own = predictor.state_dict()
-    same = {name: t.shape for name, t in own.items()} == {name: t.shape for name, t in theirs.items()}
-    if same:
+    if {name: t.shape for name, t in own.items()} == {name: t.shape for name, t in theirs.items()}:
         predictor.load_state_dict(theirs)
-    parts = "backbone and predictor" if same else "backbone; the predictor is another one and starts fresh"
+        parts = "backbone and predictor"
+    elif trunk.norm:
+        predictor.get_submodule("norm").load_state_dict(trunk.norm)
+        parts = "backbone and its norm; the predictor is another one and starts fresh"
+    else:
+        parts = "backbone; the predictor starts fresh"
     log.info("continuing from %s: %s", trunk.path, parts)
-
-
-def _macs(config: PretrainConfig, out_dim: int) -> float:
-    """Multiply-accumulates of a masked forward pass of one image."""
-    N, M = config.num_patches, config.num_masked
-    with torch.device("meta"):
-        objective = build.objective(config, out_dim).eval()
-        mask = PatchMask(torch.empty(1, N - M, dtype=torch.int64), torch.empty(1, M, dtype=torch.int64))
-        images = torch.empty(1, config.data.channels, *config.data.image_size)
-        return forward_macs(
-            objective, MaskedInputs(images, mask, torch.empty(1, M, out_dim)), torch.empty(())
-        )
 
 
 def _facts(
@@ -161,7 +152,7 @@ def _facts(
     objective: MaskedPrediction,
     schedule: build.Schedule,
     *,
-    macs: float,
+    macs: int,
     images: ImageSource,
     device: torch.device,
     start: int,

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mpm import checkpoint, configfile, distributed
-from mpm.backbones.blocks import Block
-from mpm.config import FinetuneConfig, PretrainConfig
+from mpm.backbones.blocks import Block, ClassAttentionBlock, ParallelBlock
+from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig
 from mpm.training.allocator import keep_freed_memory
 from mpm.training.reporting import Reporter
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def started(config: PretrainConfig | FinetuneConfig) -> Iterator[torch.device]:
+def started(config: PretrainConfig | FinetuneConfig | ImportedConfig) -> Iterator[torch.device]:
     """Processes, threads and allocator of a run; leaves the process group at the end.
 
     Where several processes fail, the first raises what happened, and the others end without a word.
@@ -71,7 +71,7 @@ def compile_blocks(objective: nn.Module, choice: str | bool, device: torch.devic
     """`torch.compile` for each block in place; names of parameters stay."""
     if choice is True or (choice == "auto" and device.type == "cuda"):
         for block in objective.modules():
-            if isinstance(block, Block):
+            if isinstance(block, Block | ParallelBlock | ClassAttentionBlock):
                 block.compile()
 
 

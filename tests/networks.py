@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from mpm.backbones.attention import RelativePositionBias
-from mpm.backbones.backbone import Backbone, Positions, vit_blocks
+from mpm.backbones.backbone import Backbone, Positions
+from mpm.backbones.create import create_blocks
 from mpm.objectives.losses import patch_loss
 from mpm.objectives.masked import MaskedPrediction
 from mpm.objectives.predictors import DecoderPredictor, LinearPredictor
 from mpm.patchify.masks import PatchMask
 from mpm.patchify.stems import ConvStem, HierarchicalMLPStem, LinearStem, Stem
+from mpm.variants import Architecture
 
 PATCH = (4, 4)
 GRID = (3, 4)
@@ -46,14 +48,13 @@ def make_backbone(
     learned_positions: bool | None = True,
     relative_bias: str | None = None,
     num_prefix: int = 1,
-    qkv_bias: str = "all",
-    layer_scale: float | None = None,
-    drop_path: float = 0.0,
+    **architecture: Any,
 ) -> Backbone:
-    """A ViT; `learned_positions` None: no table."""
+    """A ViT; `learned_positions` None: no table. `architecture`: of its blocks, as `branches=2`."""
+    sizes = Architecture(PATCH, dim=dim, depth=depth, heads=heads, **architecture)
     return Backbone(
         make_stem(stem, dim=dim) if isinstance(stem, str) else stem,
-        vit_blocks(dim, depth, heads, qkv_bias=qkv_bias, layer_scale=layer_scale, drop_path=drop_path),
+        create_blocks(sizes),
         grid=grid,
         positions=None if learned_positions is None else Positions(grid, dim, learned=learned_positions),
         relative_bias=relative_bias,

@@ -44,7 +44,19 @@ def classifier(name: str, num_classes: int) -> tuple[Classifier, torch.Tensor]:
     )
     data = theirs.data
     moments = (0.5,) * data.channels
-    trunk = Trunk(Path(), 0, theirs.backbone, data.image_size, data.channels, moments, moments, {})
+    trunk = Trunk(
+        path=Path(),
+        step=0,
+        backbone=theirs.backbone,
+        image_size=data.image_size,
+        channels=data.channels,
+        mean=moments,
+        std=moments,
+        readout=None,
+        classes=(),
+        num_classes=0,
+        state={},
+    )
     config = inherit(config, trunk)
     assert config.backbone is not None
     size, channels = config.data.image_size, config.data.channels

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from mpm.config import Backbone, ConvStem, FinetuneConfig, HMLPStem, PretrainConfig, Section
+from mpm.config import (
+    Backbone,
+    ConvStem,
+    FinetuneConfig,
+    HMLPStem,
+    LinearStem,
+    Positions,
+    PretrainConfig,
+    Section,
+)
 from mpm.configfile import ConfigError, validate
 from mpm.variants import VARIANTS
 
@@ -84,13 +93,35 @@ def test_grid_of_an_oblong_image() -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_is_consistent_and_a_key_replaces_its_own(name: str) -> None:
-    assert Backbone(variant=name).resolved() == VARIANTS[name]
-    assert Backbone(variant=name, depth=3).resolved() == VARIANTS[name]._replace(depth=3)
+    published = VARIANTS[name].architecture._replace(stem=LinearStem().model_dump())
+    assert Backbone(variant=name).resolved() == published
+    changed = Backbone(variant=name, depth=3, layer_scale="none", class_token=False, drop_path=0.0)
+    changes = {"depth": 3, "layer_scale": None, "class_token": False, "drop_path": 0.0}
+    assert changed.resolved() == published._replace(**changes)
+
+
+@pytest.mark.parametrize(("name", "same_sizes"), [("vit_b_18x2", "deit_b"), ("vit_s_60x1", "deit_s")])
+def test_any_number_of_parallel_blocks_has_a_name(name: str, same_sizes: str) -> None:
+    depth, branches = map(int, name.rpartition("_")[2].split("x"))
+    ours, theirs = Backbone(variant=name).resolved(), Backbone(variant=same_sizes).resolved()
+    assert ours[:2] == theirs[:2]  # patch size and width
+    assert (ours.depth, ours.branches, ours.heads) == (depth, branches, theirs.heads)
+
+
+def test_a_position_key_replaces_its_own_and_leaves_the_other_to_the_variant() -> None:
+    trunk = Backbone(variant="beit_b", positions=Positions(table="learned")).resolved()
+    assert trunk.positions == {"table": "learned", "bias": "shared"}
 
 
 def test_sizes_need_no_variant() -> None:
-    sizes = Backbone(patch_size=(4, 4), dim=128, depth=6, heads=4).resolved()
-    assert sizes == ((4, 4), 128, 6, 4, 4.0)
+    trunk = Backbone(patch_size=(4, 4), dim=128, depth=6, heads=4).resolved()
+    assert trunk[:5] == ((4, 4), 128, 6, 4, 4.0)
+    assert (trunk.branches, trunk.attention, trunk.layer_scale, trunk.class_token) == (
+        1,
+        "softmax",
+        None,
+        True,
+    )
 
 
 PRETRAIN_RULES = [
@@ -138,7 +169,7 @@ PRETRAIN_RULES = [
         "dim 12 is not a multiple of 8, which a conv stem of patch_size 16 needs; use 8 or 16",
     ),
     ({"backbone": {"dim": 8}}, "backbone.patch_size is required without a variant"),
-    ({"backbone__variant": "vit_x"}, 'variant "vit_x" is unknown; use one of vit_ti, vit_s, vit_b'),
+    ({"backbone__variant": "vit_x"}, 'variant "vit_x" is unknown; did you mean vit_s or'),
     (
         {"objective__predictor": {"kind": "decoder", "dim": 100, "heads": 16}},
         "dim 100 is not a multiple of heads 16; use 96 or 112",

@@ -24,12 +24,13 @@ ARROWS: dict[str, set[str]] = {
     "backbones": {"patchify", "variants"},
     "tokenizers": {"patchify", "backbones"},
     "objectives": {"patchify", "backbones", "tokenizers"},
-    "interop": {"patchify", "backbones", "tokenizers", "objectives"},
+    "interop": {"variants", "patchify", "backbones", "tokenizers", "objectives"},
 }
 SEE_EVERYTHING = {
     "build",
     "run",
     "network",
+    "imported",
     "monitoring",
     "pretraining",
     "inheritance",

@@ -9,7 +9,15 @@ from torch.nn import functional as F
 
 from mpm.patchify.masks import take
 
-__all__ = ["Attention", "QKVBias", "RelativePositionBias", "attend"]
+__all__ = [
+    "Attention",
+    "ClassAttention",
+    "QKVBias",
+    "RelativePositionBias",
+    "Softmax",
+    "TalkingHeads",
+    "attend",
+]
 
 QKVBias = Literal["all", "query_value", "none"]
 
@@ -41,24 +49,75 @@ def _has_amx() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
+class Softmax(nn.Module):
+    """Softmax attention, see `attend`."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[B,h,S,d], [B,h,T,d], [B,h,T,d] -> [B,h,S,d]."""
+        return attend(q, k, v, bias)
+
+
+class TalkingHeads(nn.Module):
+    """Softmax attention whose heads mix their logits before the softmax and their weights after it.
+
+    As in CaiT (arXiv:2103.17239): both mixings are linear maps over the heads, with bias. A map over heads
+    is one `baddbmm` on [B,h,S*T] (ratios: docs/evidence.md). A bias of the logits is added after the first
+    mixing: each head keeps its own.
+
+    Args:
+        num_heads: h.
+    """
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.proj_l = nn.Linear(num_heads, num_heads)
+        self.proj_w = nn.Linear(num_heads, num_heads)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[B,h,S,d], [B,h,T,d], [B,h,T,d] -> [B,h,S,d]."""
+        logits = _mix(self.proj_l, (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1))  # [B,h,S,T]
+        if bias is not None:
+            logits = logits + bias.to(logits.dtype)
+        weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        return _mix(self.proj_w, weights.to(v.dtype)) @ v
+
+
+def _mix(over_heads: nn.Linear, x: Tensor) -> Tensor:
+    """A linear map over the heads of [B,h,S,T]."""
+    B, h = x.shape[:2]
+    return torch.baddbmm(over_heads.bias[:, None], over_heads.weight.expand(B, h, h), x.flatten(2)).view_as(x)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with fused projections (parameter names as in timm).
 
     Args:
         dim: width.
-        num_heads: of width dim / num_heads each.
+        num_heads: of width `inner_dim` / num_heads each.
         qkv_bias: on queries, keys and values; on queries and values only (BEiT: a bias on the keys adds the
             same to all logits of a query, which softmax cancels); or none.
+        attend: what queries, keys and values give; None: `Softmax`.
+        inner_dim: width of all queries together; None: `dim`.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, qkv_bias: QKVBias = "all"):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qkv_bias: QKVBias = "all",
+        attend: nn.Module | None = None,
+        inner_dim: int | None = None,
+    ):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias == "all")
-        self.proj = nn.Linear(dim, dim)
+        self.inner_dim = inner_dim or dim
+        self.qkv = nn.Linear(dim, 3 * self.inner_dim, bias=qkv_bias == "all")
+        self.attend = attend or Softmax()
+        self.proj = nn.Linear(self.inner_dim, dim)
         split = qkv_bias == "query_value"
-        self.q_bias = nn.Parameter(torch.empty(dim)) if split else None
-        self.v_bias = nn.Parameter(torch.empty(dim)) if split else None
+        self.q_bias = nn.Parameter(torch.empty(self.inner_dim)) if split else None
+        self.v_bias = nn.Parameter(torch.empty(self.inner_dim)) if split else None
 
     def reset_parameters(self) -> None:
         """Set BEiT's biases to zero; the Linear layers are the initialisation scheme's."""
@@ -76,25 +135,50 @@ class Attention(nn.Module):
 
         Returns: [B,T,D], or [B,S,D] with `rows`.
         """
-        D = x.shape[-1]
-        weight, all_bias = self.qkv.weight, self._bias()
+        width, weight, all_bias = self.inner_dim, self.qkv.weight, self.fused_bias()
         if rows is None:
             q, k, v = self._heads(F.linear(x, weight, all_bias), 3)
         else:
-            q_bias, kv_bias = (None, None) if all_bias is None else (all_bias[:D], all_bias[D:])
-            (q,) = self._heads(F.linear(take(x, rows), weight[:D], q_bias), 1)
-            k, v = self._heads(F.linear(x, weight[D:], kv_bias), 2)
-        return self.proj(attend(q, k, v, bias).transpose(1, 2).flatten(2))
+            q_bias, kv_bias = (None, None) if all_bias is None else (all_bias[:width], all_bias[width:])
+            (q,) = self._heads(F.linear(take(x, rows), weight[:width], q_bias), 1)
+            k, v = self._heads(F.linear(x, weight[width:], kv_bias), 2)
+        return self.proj(self.attend(q, k, v, bias).transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
-        """[B,T,count*D] -> count times [B,h,T,d]."""
+        """[B,T,count*width] -> count times [B,h,T,d]."""
         B, T, _ = x.shape
         return x.reshape(B, T, count, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def _bias(self) -> Tensor | None:
+    def fused_bias(self) -> Tensor | None:
+        """Of queries, keys and values [3*width], zero for the keys where they have none."""
         if self.q_bias is None or self.v_bias is None:
             return self.qkv.bias
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+
+class ClassAttention(nn.Module):
+    """Attention of a few queries to themselves and the patches (CaiT, arXiv:2103.17239, section 3).
+
+    Args:
+        dim: width.
+        num_heads: of width dim / num_heads each.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, num_queries: int) -> Tensor:
+        """[B,Q+N,D], the first Q of which ask -> [B,Q,D]."""
+        q, k, v = (
+            layer(tokens).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for layer, tokens in ((self.q, x[:, :num_queries]), (self.k, x), (self.v, x))
+        )
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class RelativePositionBias(nn.Module):

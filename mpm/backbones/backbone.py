@@ -6,13 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mpm.backbones.attention import QKVBias, RelativePositionBias
-from mpm.backbones.blocks import Block
+from mpm.backbones.attention import RelativePositionBias
 from mpm.patchify.masks import PatchMask, take
 from mpm.patchify.positions import sincos_table
 from mpm.patchify.stems import Stem
 
-__all__ = ["Backbone", "Encoded", "Positions", "vit_blocks"]
+__all__ = ["Backbone", "Encoded", "Positions"]
 
 
 class Encoded(NamedTuple):
@@ -71,8 +70,8 @@ class Backbone(nn.Module):
         positions: added to the tokens; None: none.
         relative_bias: "shared" by all blocks, "per_block", or None.
         num_heads: of the relative bias.
-        num_prefix: class and register tokens before the patches, in this order. They carry their own
-            position in the parameter, so patch indices are never shifted.
+        num_prefix: class, distillation and register tokens before the patches, in this order. They carry
+            their own position in the parameter, so patch indices are never shifted.
     """
 
     def __init__(
@@ -194,27 +193,3 @@ def _take_rows(bias: Tensor, rows: Tensor) -> Tensor:
     B, S = rows.shape
     bias = bias.expand(B, -1, -1, -1)
     return bias.gather(2, rows[:, None, :, None].expand(B, bias.shape[1], S, bias.shape[3]))
-
-
-def vit_blocks(
-    dim: int,
-    depth: int,
-    num_heads: int,
-    *,
-    mlp_ratio: float = 4.0,
-    qkv_bias: QKVBias = "all",
-    layer_scale: float | None = None,
-    drop_path: float = 0.0,
-) -> list[Block]:
-    """The blocks of a ViT; drop path rises linearly from 0 to its rate at the last block."""
-    return [
-        Block(
-            dim,
-            num_heads,
-            mlp_ratio=mlp_ratio,
-            qkv_bias=qkv_bias,
-            layer_scale=layer_scale,
-            drop_path=drop_path * index / max(depth - 1, 1),
-        )
-        for index in range(depth)
-    ]

@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import nn
 
-from mpm.backbones.blocks import Block
+from mpm.backbones.blocks import AttentionBranch, Block, MlpBranch, ParallelBlock
 from mpm.patchify.stems import ConvStem, HierarchicalMLPStem, LinearStem
 
 __all__ = ["Initialization", "initialize"]
@@ -23,7 +23,7 @@ def initialize(module: nn.Module, scheme: Initialization) -> None:
     | other stems | torch's default | torch's default | normal .02 cut at ±.02 |
     | biases | 0 (stems: torch's default) | 0 (other stems: torch's default) | 0 |
     | tokens, learned positions | normal .02 | normal .02 | normal .02 cut at ±.02 |
-    | attn.proj and mlp.fc2 of block l = 1.. | - | - | divided by sqrt(2 l) |
+    | attn.proj and mlp.fc2 of block l = 1.., in all its branches | - | - | divided by sqrt(2 l) |
     | norms 1 and 0, LayerScale its value, relative bias 0 | | | |
 
     Sources: deit/models.py and timm; arXiv:2111.06377 App. A; arXiv:2106.08254 with the released code's
@@ -45,9 +45,13 @@ def initialize(module: nn.Module, scheme: Initialization) -> None:
             if name.endswith(("tokens", "token")) or name == "table":  # of learned positions
                 nn.init.trunc_normal_(parameter, std=0.02, a=-bound, b=bound)
     if scheme == "beit":
-        for depth, block in enumerate((b for b in module.modules() if isinstance(b, Block)), start=1):
-            block.attn.proj.weight.data.div_(math.sqrt(2 * depth))
-            block.mlp.fc2.weight.data.div_(math.sqrt(2 * depth))
+        blocks = [block for block in module.modules() if isinstance(block, Block | ParallelBlock)]
+        for depth, block in enumerate(blocks, start=1):
+            for part in block.modules():
+                if isinstance(part, Block | AttentionBranch):
+                    part.attn.proj.weight.data.div_(math.sqrt(2 * depth))
+                if isinstance(part, Block | MlpBranch):
+                    part.mlp.fc2.weight.data.div_(math.sqrt(2 * depth))
 
 
 def _stem_layers(module: nn.Module, scheme: Initialization) -> set[nn.Module]:

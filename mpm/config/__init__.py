@@ -23,9 +23,11 @@ from mpm.config.data import (
     TorchvisionData,
     TorchvisionSource,
 )
+from mpm.config.imported import ImportedConfig, ImportedData
 from mpm.config.mask import BlockMask, Mask, RandomMask
 from mpm.config.model import (
     Backbone,
+    ClassAttentionReadout,
     ConvStem,
     DecoderPredictor,
     HMLPStem,
@@ -61,6 +63,7 @@ from mpm.config.training import (
 __all__ = [
     "Backbone",
     "BlockMask",
+    "ClassAttentionReadout",
     "ConvStem",
     "CosineSchedule",
     "DecoderPredictor",
@@ -72,6 +75,8 @@ __all__ = [
     "FolderSource",
     "HMLPStem",
     "HeldOut",
+    "ImportedConfig",
+    "ImportedData",
     "Init",
     "Labels",
     "LinearPredictor",
@@ -195,7 +200,8 @@ class FinetuneConfig(Section):
         if backbone is not None:
             if data.image_size is not None and not backbone.missing:
                 check_patches(data.image_size, backbone.resolved().patch_size)
-            if self.readout.kind == "token" and not backbone.class_token:
+            is_known = not backbone.missing
+            if self.readout.kind == "token" and is_known and not backbone.resolved().class_token:
                 raise ValueError(
                     "readout.kind token reads the class token, but backbone.class_token is false; use mean"
                 )

@@ -1,14 +1,15 @@
 """Configuration of the network and what it learns: backbone, objective, readout."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from mpm.config.section import Count, Pair, Positive, Section, check_multiple
-from mpm.variants import VARIANTS, Sizes
+from mpm.variants import BLOCKS_PATTERN, SIZES, VARIANTS, Architecture, architecture, variant
 
 __all__ = [
     "Backbone",
+    "ClassAttentionReadout",
     "ConvStem",
     "DecoderPredictor",
     "HMLPStem",
@@ -31,6 +32,12 @@ class LinearStem(Section):
     """One linear map per patch (ViT)."""
 
     kind: Literal["linear"] = "linear"
+    norm: Literal["none", "layer", "batch"] = "none"
+    """After the map: none, over the channels of a token, or over the batch."""
+    activation: Literal["none", "gelu"] = "none"
+    """After the norm."""
+    statistics: Literal["visible", "all"] = "all"
+    """Patches that batch norm's statistics come from."""
 
 
 class HMLPStem(Section):
@@ -55,50 +62,61 @@ Stem = Annotated[LinearStem | HMLPStem | ConvStem, Field(discriminator="kind")]
 
 
 class Positions(Section):
-    """How a token knows its place."""
+    """How a token knows its place; null: as the variant, else a learned table and no bias."""
 
-    table: Literal["sincos", "learned", "none"] = "learned"
+    table: Literal["sincos", "learned", "none"] | None = None
     """A vector per place, added to the tokens (MAE: sincos, BEiT and SimMIM: none)."""
-    bias: Literal["none", "shared", "per_block"] = "none"
+    bias: Literal["none", "shared", "per_block"] | None = None
     """Relative position bias of the attention (BEiT and SimMIM pretrain with one shared by all blocks)."""
 
 
-class Backbone(Section):
-    """Stem, positions, prefix tokens and trunk."""
+_NAMES = {"anyOf": [{"enum": list(VARIANTS)}, {"pattern": BLOCKS_PATTERN}]}
 
-    variant: Annotated[str, Field(json_schema_extra={"enum": list(VARIANTS)})] | None = None
-    """Published sizes by name; of the five keys below, those given replace its own."""
+
+class Backbone(Section):
+    """Stem, positions, prefix tokens and trunk. Where a key is null, the variant's value stands."""
+
+    variant: Annotated[str, Field(json_schema_extra=_NAMES)] | None = None
+    """A published architecture by name (`mpm models` lists them)."""
     patch_size: Pair | None = None
     """Side, or height and width, of a patch in pixels."""
     dim: Count | None = None
     """Width of a token."""
     depth: Count | None = None
-    """Blocks."""
+    """Blocks, one after the other."""
     heads: Count | None = None
-    """Attention heads of a block."""
+    """Attention heads of a branch."""
     mlp_ratio: Positive | None = None
-    """Hidden width of a block's MLP over dim; 4 without a variant."""
+    """Hidden width of an MLP over dim; 4 without a variant."""
+    branches: Count | None = None
+    """Attentions, and MLPs, side by side in a block; 1 without a variant."""
+    attention: Literal["softmax", "talking_heads"] | None = None
+    """Talking heads mix their logits and their weights (CaiT); softmax without a variant."""
     stem: Stem = LinearStem()
     """Patches to tokens."""
     positions: Positions = Positions()
     """How a token knows its place."""
-    class_token: bool = True
-    """A token that stands for the image."""
+    class_token: bool | None = None
+    """A token that stands for the image; true without a variant."""
+    distillation_token: bool | None = None
+    """A token that stands for the teacher's answer (DeiT); false without a variant."""
     registers: Annotated[int, Field(ge=0)] = 0
     """Further tokens without a meaning (arXiv:2309.16588)."""
-    qkv_bias: Literal["all", "query_value", "none"] = "all"
-    """Which projections of the attention have a bias (BEiT: query_value)."""
-    layer_scale: Positive | None = None
-    """Start value of LayerScale (BEiT-B: 0.1); null: none."""
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability of skipping the last block, from 0 at the first rising linearly."""
+    qkv_bias: Literal["all", "query_value", "none"] | None = None
+    """Which projections of the attention have a bias (BEiT: query_value); all without a variant."""
+    layer_scale: Positive | Literal["none"] | None = None
+    """Start value of LayerScale (BEiT-B: 0.1); none without a variant."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Probability of skipping a residual branch; 0 without a variant."""
+    drop_path_rule: Literal["linear", "constant"] | None = None
+    """Linear: from 0 at the first block to drop_path at the last. Linear without a variant."""
     initialization: Literal["vit", "mae", "beit"] = "vit"
     """How parameters start."""
 
     @model_validator(mode="after")
     def _check(self) -> "Backbone":
-        if self.variant is not None and self.variant not in VARIANTS:
-            raise ValueError(f'variant "{self.variant}" is unknown; use one of {", ".join(VARIANTS)}')
+        if self.variant is not None:
+            variant(self.variant)
         if not self.missing:
             self._check_sizes(self.resolved())
         return self
@@ -110,8 +128,8 @@ class Backbone(Section):
             return ()
         return tuple(key for key in ("patch_size", "dim", "depth", "heads") if getattr(self, key) is None)
 
-    def resolved(self) -> Sizes:
-        """All sizes: as stated, else the variant's.
+    def resolved(self) -> Architecture:
+        """Everything: as stated, else the variant's.
 
         Raises:
             ValueError: if a size is stated nowhere.
@@ -119,10 +137,9 @@ class Backbone(Section):
         if self.missing:
             raise ValueError(
                 f"backbone.{self.missing[0]} is required without a variant; "
-                f"give it, or backbone.variant (one of {', '.join(VARIANTS)})"
+                "give it, or backbone.variant, such as vit_b"
             )
-        stated = {key: value for key in Sizes._fields if (value := getattr(self, key)) is not None}
-        return VARIANTS[self.variant]._replace(**stated) if self.variant else Sizes(**stated)
+        return architecture(self.variant, **self._stated() | {"stem": self.stem.model_dump()})
 
     def over(self, other: "Backbone") -> "Backbone":
         """`other`, with the drop path stated here.
@@ -131,24 +148,41 @@ class Backbone(Section):
             other: a checkpoint's backbone.
 
         Raises:
-            ValueError: if another key is stated here and differs from `other`.
+            ValueError: if another key is stated here and differs from `other`; of a variant, its sizes count.
         """
-        theirs = {**dict(other), **other.resolved()._asdict()}
-        ours = {key: value for key in self.model_fields_set if (value := getattr(self, key)) is not None}
-        if self.variant is not None:
-            ours |= self.resolved()._asdict()
-        for key in sorted(ours.keys() - {"variant", "drop_path"}):
-            if ours[key] != theirs[key]:
+        theirs = other.resolved()._asdict() | {"initialization": other.initialization}
+        named = architecture(self.variant)._asdict() if self.variant is not None else {}
+        ours = {key: named[key] for key in SIZES if key in named} | self._stated()
+        if "initialization" in self.model_fields_set:
+            ours["initialization"] = self.initialization
+        free: dict[str, Any] = {key: ours.pop(key) for key in ("drop_path", "drop_path_rule") if key in ours}
+        for key, value in sorted(ours.items()):
+            their = theirs[key]
+            if key == "positions":
+                their = {name: their[name] for name in value}
+            if value != their:
                 raise ValueError(
-                    f"backbone.{key} {ours[key]} is not the checkpoint's, {theirs[key]}; "
+                    f"backbone.{key} {value} is not the checkpoint's, {their}; "
                     "leave it out, or choose another init.checkpoint"
                 )
-        return other.model_copy(update={"drop_path": ours.get("drop_path", other.drop_path)})
+        return other.model_copy(update=free)
 
-    def _check_sizes(self, sizes: Sizes) -> None:
+    def _stated(self) -> dict[str, Any]:
+        """What is stated here of an `Architecture`."""
+        keys = self.model_fields_set & set(Architecture._fields) - {"stem", "positions"}
+        stated = {key: value for key in keys if (value := getattr(self, key)) is not None}
+        if self.layer_scale == "none":
+            stated["layer_scale"] = None
+        if "stem" in self.model_fields_set:
+            stated["stem"] = self.stem.model_dump()
+        if positions := self.positions.model_dump(exclude_none=True):
+            stated["positions"] = positions
+        return stated
+
+    def _check_sizes(self, sizes: Architecture) -> None:
         dim, (rows, columns) = sizes.dim, sizes.patch_size
         check_multiple("dim", dim, sizes.heads, of=f"heads {sizes.heads}")
-        if self.positions.table == "sincos":
+        if sizes.positions["table"] == "sincos":
             check_multiple("dim", dim, 4, of="4, which sincos positions need")
         if not isinstance(self.stem, LinearStem) and rows != columns:
             raise ValueError(
@@ -221,7 +255,7 @@ Objective = MaskedObjective
 
 
 class TokenReadout(Section):
-    """The class token."""
+    """The class token, and the distillation token where the backbone has one."""
 
     kind: Literal["token"] = "token"
 
@@ -232,4 +266,16 @@ class MeanReadout(Section):
     kind: Literal["mean"] = "mean"
 
 
-Readout = Annotated[TokenReadout | MeanReadout, Field(discriminator="kind")]
+class ClassAttentionReadout(Section):
+    """Tokens that read the patches through blocks of their own (CaiT); LayerScale starts as the trunk's."""
+
+    kind: Literal["class_attention"] = "class_attention"
+    depth: Count = 2
+    """Blocks."""
+    queries: Literal[1, 2] = 1
+    """The class token, or with it a distillation token."""
+    mlp_ratio: Positive = 4.0
+    """Hidden width of an MLP over dim."""
+
+
+Readout = Annotated[TokenReadout | MeanReadout | ClassAttentionReadout, Field(discriminator="kind")]

@@ -60,7 +60,7 @@ class Init(Section):
     """Weights to start from."""
 
     checkpoint: str
-    """Path of an mpm run, or of one step in it."""
+    """An mpm run or a step in it, a folder of `mpm import`, a file of published weights, or timm:NAME."""
 
 
 class CosineSchedule(Section):

@@ -5,7 +5,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from mpm.backbones.backbone import Encoded, Positions, vit_blocks
+from mpm.backbones.attention import Attention
+from mpm.backbones.backbone import Encoded, Positions
+from mpm.backbones.blocks import Block, Mlp
 from mpm.patchify.masks import PatchMask
 
 __all__ = ["DecoderPredictor", "LinearPredictor", "Predictor"]
@@ -87,7 +89,9 @@ class DecoderPredictor(nn.Module):
         self.embed = nn.Linear(dim, width)
         self.mask_token = nn.Parameter(torch.empty(width))
         self.positions = Positions(grid, width, learned=False)
-        self.blocks = nn.ModuleList(vit_blocks(width, depth, num_heads))
+        self.blocks = nn.ModuleList(
+            Block(Attention(width, num_heads), Mlp(width, 4 * width)) for _ in range(depth)
+        )
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, out_dim)
 

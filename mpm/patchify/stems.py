@@ -16,9 +16,18 @@ from mpm.patchify.masks import PatchMask
 from mpm.patchify.norms import TokenBatchNorm
 from mpm.patchify.patches import patchify
 
-__all__ = ["ConvStem", "HierarchicalMLPStem", "LinearStem", "NormKind", "Stem", "merge_factors"]
+__all__ = [
+    "ConvStem",
+    "HierarchicalMLPStem",
+    "LinearStem",
+    "NormKind",
+    "Statistics",
+    "Stem",
+    "merge_factors",
+]
 
 NormKind = Literal["layer", "batch"]
+Statistics = Literal["visible", "all"]
 
 
 class Stem(Protocol):
@@ -34,6 +43,11 @@ class Stem(Protocol):
     dim: int
     patch_local: bool
 
+    @property
+    def computes_hidden(self) -> bool:
+        """Whether, in its present mode, it computes hidden patches too before it leaves them out."""
+        ...
+
     def __call__(self, images: Tensor, mask: PatchMask | None = None) -> Tensor:
         """Images [B,C,H,W] -> [B,N,D], or [B,K,D] of the visible patches with a mask."""
         ...
@@ -42,26 +56,51 @@ class Stem(Protocol):
 class LinearStem(nn.Module):
     """One linear map per patch (ViT, arXiv:2010.11929); equal to a convolution with kernel = stride = patch.
 
+    A norm and GELU may follow, as in "Three things" (arXiv:2203.09795, table 7).
+
     Args:
         patch_size: height and width of a patch in pixels.
         dim: width of a token.
         channels: of the images.
+        norm: over the channels of a token, or over the batch.
+        activation: after the norm.
+        statistics: of batch norm in train mode under a mask, see `HierarchicalMLPStem`.
     """
 
     patch_local = True
 
-    def __init__(self, patch_size: tuple[int, int], dim: int, *, channels: int = 3):
+    def __init__(
+        self,
+        patch_size: tuple[int, int],
+        dim: int,
+        *,
+        channels: int = 3,
+        norm: NormKind | Literal["none"] = "none",
+        activation: Literal["none", "gelu"] = "none",
+        statistics: Statistics = "all",
+    ):
         super().__init__()
         self.patch_size = patch_size
         self.dim = dim
+        self._needs_all = norm == "batch" and statistics == "all"
         self.proj = nn.Linear(patch_size[0] * patch_size[1] * channels, dim)
+        self.norm = _norm(norm, dim)
+        self.activation = nn.GELU() if activation == "gelu" else nn.Identity()
+
+    @property
+    def computes_hidden(self) -> bool:
+        """In train mode, for batch statistics of all patches."""
+        return self._needs_all and self.training
 
     def forward(self, images: Tensor, mask: PatchMask | None = None) -> Tensor:
         """Images [B,C,H,W] -> [B,N,D], or [B,K,D] with a mask."""
-        patches = patchify(images, self.patch_size)  # [B,N,P*P*C]
-        if mask is not None:
-            patches = mask.take_visible(patches)  # [B,K,P*P*C]
-        return self.proj(patches)
+        x = patchify(images, self.patch_size)  # [B,N,P*P*C]
+        if mask is not None and not self.computes_hidden:
+            x = mask.take_visible(x)  # [B,K,P*P*C]
+        x = self.norm(self.proj(x))
+        if mask is not None and self.computes_hidden:
+            x = mask.take_visible(x)  # [B,K,D]
+        return self.activation(x)
 
 
 def merge_factors(patch_size: int) -> tuple[int, ...]:
@@ -111,7 +150,7 @@ class HierarchicalMLPStem(nn.Module):
         *,
         channels: int = 3,
         norm: NormKind = "batch",
-        statistics: Literal["visible", "all"] = "all",
+        statistics: Statistics = "all",
     ):
         super().__init__()
         if patch_size[0] != patch_size[1]:
@@ -140,18 +179,22 @@ class HierarchicalMLPStem(nn.Module):
         )
         self._axes = {f"{side}{i}": factor for side in "hw" for i, factor in enumerate(reversed(factors))}
 
+    @property
+    def computes_hidden(self) -> bool:
+        """In train mode, for batch statistics of all patches."""
+        return self._needs_all and self.training
+
     def forward(self, images: Tensor, mask: PatchMask | None = None) -> Tensor:
         """Images [B,C,H,W] -> [B,N,D], or [B,K,D] with a mask."""
         x = rearrange(images, self._pattern, **self._axes)  # [B,N,locations,pixels of the first step]
-        gather_last = self._needs_all and self.training
-        if mask is not None and not gather_last:
+        if mask is not None and not self.computes_hidden:
             x = mask.take_visible(x)  # [B,K,...]
         for step, (area, proj, norm) in enumerate(zip(self._areas, self.projs, self.norms, strict=True)):
             if step:
                 x = rearrange(F.gelu(x), "b n (l area) c -> b n l (area c)", area=area)
             x = norm(proj(x))
         x = x.squeeze(2)
-        return mask.take_visible(x) if mask is not None and gather_last else x
+        return mask.take_visible(x) if mask is not None and self.computes_hidden else x
 
 
 class ConvStem(nn.Module):
@@ -172,6 +215,7 @@ class ConvStem(nn.Module):
     """
 
     patch_local = False
+    computes_hidden = True  # as blank pixels
 
     def __init__(self, patch_size: tuple[int, int], dim: int, *, channels: int = 3, norm: NormKind = "batch"):
         super().__init__()
@@ -213,8 +257,10 @@ class ConvStem(nn.Module):
         return torch.where(seen.bool(), images, 0.0)
 
 
-def _norm(kind: NormKind, dim: int) -> nn.Module:
+def _norm(kind: NormKind | Literal["none"], dim: int) -> nn.Module:
     match kind:
+        case "none":
+            return nn.Identity()
         case "layer":
             return nn.LayerNorm(dim, eps=1e-6)
         case "batch":

@@ -31,6 +31,8 @@ VARIANTS = {
         "qkv_bias": "query_value",
         "layer_scale": 0.1,
     },
+    "cait": {"num_prefix": 0, "attention": "talking_heads", "layer_scale": 0.1},
+    "parallel": {"branches": 2, "relative_bias": "per_block"},
 }
 
 

@@ -46,6 +46,11 @@ PRETRAININGS = {
 # Mixing and dropped paths draw other numbers on each process; all else is the same.
 FINETUNING = [*SCRATCH, *STEADY, "mixup=null", "optim.layer_decay=0.75", "evaluate_every=3"]
 METHODS = {"mae": [], "simmim": SIMMIM}
+TRUNKS = {
+    "vit": [],
+    "cait": ["backbone.attention=talking_heads", "backbone.class_token=false", "backbone.layer_scale=1e-5"],
+    "parallel": ["backbone.branches=2"],
+}
 STEMS = {"linear": "backbone.stem.kind=linear", "hmlp": HMLP % "batch", "conv": CONV % "batch"}
 
 
@@ -111,10 +116,13 @@ def test_two_processes_equal_one(name: str, on_two_processes: Path, tmp_path: Pa
 
 @pytest.mark.torchrun
 @pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("trunk", TRUNKS)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_parameter_has_a_gradient_under_ddp(method: str, stem: str, on_two_processes: Path) -> None:
+def test_every_parameter_has_a_gradient_under_ddp(
+    method: str, trunk: str, stem: str, on_two_processes: Path
+) -> None:
     """DDP refuses the second step where one has none: `find_unused_parameters` is off."""
-    without = json.loads((on_two_processes / "gradients" / f"{method} {stem}.json").read_text())
+    without = json.loads((on_two_processes / "gradients" / f"{method} {trunk} {stem}.json").read_text())
     assert without == []
 
 
@@ -175,11 +183,14 @@ def main(folder: Path) -> None:
         train(name, folder / name)
     distributed.start("cpu", threads=1)
     for method, method_words in METHODS.items():
-        for stem, stem_word in STEMS.items():
-            without = without_gradient(pretrain_config(folder, *method_words, stem_word))
-            if distributed.is_main():
-                (folder / "gradients").mkdir(exist_ok=True)
-                (folder / "gradients" / f"{method} {stem}.json").write_text(json.dumps(without))
+        for trunk, trunk_words in TRUNKS.items():
+            for stem, stem_word in STEMS.items():
+                words = (*method_words, *trunk_words, stem_word)
+                without = without_gradient(pretrain_config(folder, *words))
+                if distributed.is_main():
+                    (folder / "gradients").mkdir(exist_ok=True)
+                    file = folder / "gradients" / f"{method} {trunk} {stem}.json"
+                    file.write_text(json.dumps(without))
     distributed.stop()
 
 

@@ -308,27 +308,40 @@ def test_simmim_equals_the_published_computation(relative_bias: str | None) -> N
     assert_gradients(ours, from_simmim(gradients_of(theirs)))
 
 
-def combination(method: str, stem: str, relative_bias: str | None) -> MaskedPrediction:
-    objective = make_masked(method, make_backbone(stem, relative_bias=relative_bias))
+TRUNKS = {
+    "vit": {},
+    "cait": {"num_prefix": 0, "attention": "talking_heads", "layer_scale": 0.1},
+    "parallel": {"branches": 2, "layer_scale": 0.1},
+}
+
+
+def combination(
+    method: str, stem: str, relative_bias: str | None = None, trunk: str = "vit"
+) -> MaskedPrediction:
+    objective = make_masked(method, make_backbone(stem, relative_bias=relative_bias, **TRUNKS[trunk]))
     initialize(objective, {"mae": "mae", "simmim": "beit"}[method])
     return objective
 
 
 @pytest.mark.parametrize("relative_bias", [None, "shared"])
 @pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("trunk", TRUNKS)
 @pytest.mark.parametrize("method", ["mae", "simmim"])
-def test_every_combination_learns_and_every_parameter_gets_a_gradient(method, stem, relative_bias) -> None:
-    objective = combination(method, stem, relative_bias)
+def test_every_combination_learns_and_every_parameter_gets_a_gradient(
+    method: str, trunk: str, stem: str, relative_bias: str | None
+) -> None:
+    objective = combination(method, stem, relative_bias, trunk)
     images, mask = torch.randn(4, 3, 12, 16), random_mask(4, 12, 7)
     losses = train_steps_of(objective, MaskedInputs(images, mask, torch.randn(4, 7, 48)))
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("trunk", TRUNKS)
 @pytest.mark.parametrize("method", ["mae", "simmim"])
-def test_predictions_ignore_masked_pixels(method: str, stem: str) -> None:
+def test_predictions_ignore_masked_pixels(method: str, trunk: str, stem: str) -> None:
     """From end to end, NaN for pixels; in eval mode, as batch norm on all patches sees moments of them."""
-    objective = randomize(combination(method, stem, "shared")).eval()
+    objective = randomize(combination(method, stem, "shared", trunk)).eval()
     images, mask = torch.randn(2, 3, 12, 16), random_mask(2, 12, 7)
     expected = objective.predict(images, mask)
     assert expected.isfinite().all()

@@ -6,12 +6,30 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from mpm.patchify.masks import PatchMask
-from mpm.patchify.stems import ConvStem, HierarchicalMLPStem, LinearStem, merge_factors
-from tests.networks import GRID, STEMS, make_stem, random_images, random_mask, randomize, with_hidden
+from mpm.patchify.stems import ConvStem, HierarchicalMLPStem, LinearStem, Stem, merge_factors
+from tests import networks
+from tests.networks import CHANNELS, GRID, random_images, random_mask, randomize, with_hidden
 
-BLIND_IN_TRAINING = [kind for kind in STEMS if kind != "hmlp-all"]
-PATCH_LOCAL = ["linear", "hmlp-layer", "hmlp-visible", "hmlp-all"]
+LINEAR_FORMS = {
+    "linear-gelu": {"activation": "gelu"},
+    "linear-layer": {"norm": "layer"},
+    "linear-visible": {"norm": "batch", "statistics": "visible", "activation": "gelu"},
+    "linear-all": {"norm": "batch", "statistics": "all"},
+    "linear-all-gelu": {"norm": "batch", "statistics": "all", "activation": "gelu"},
+}
+STEMS = (*networks.STEMS, *LINEAR_FORMS)
+ON_ALL = ["linear-all", "linear-all-gelu", "hmlp-all"]
+ON_VISIBLE = ["linear-visible", "hmlp-visible"]
+BLIND_IN_TRAINING = [kind for kind in STEMS if kind not in ON_ALL]
+PATCH_LOCAL = [kind for kind in STEMS if not kind.startswith("conv")]
 SUM_ORDER = {"rtol": 1e-5, "atol": 1e-5}  # the same sums over another number of rows
+
+
+def make_stem(kind: str, patch_size: int = 4, *, channels: int = CHANNELS) -> Stem:
+    """A stem by the name of its kind, of every form."""
+    if kind in LINEAR_FORMS:
+        return LinearStem((patch_size, patch_size), networks.DIM, channels=channels, **LINEAR_FORMS[kind])
+    return networks.make_stem(kind, patch_size, channels=channels)
 
 
 def published_hmlp(stem: HierarchicalMLPStem, *, channels: int, norm: str) -> nn.ModuleDict:
@@ -64,6 +82,54 @@ def test_linear_equals_a_convolution(patch_size, channels) -> None:
     torch.testing.assert_close(stem(images), conv(images).flatten(2).transpose(1, 2), **SUM_ORDER)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("norm", ["none", "layer", "batch"])
+def test_norm_and_activation_of_a_linear_stem_equal_torch_layers(norm, activation, training) -> None:
+    """Outputs, gradients, and what a training step leaves in the running statistics."""
+    stem = randomize(LinearStem((4, 2), 8, channels=2, norm=norm, activation=activation)).train(training)
+    conv = nn.Conv2d(2, 8, (4, 2), stride=(4, 2))
+    conv.load_state_dict(
+        {"weight": stem.proj.weight.reshape(8, 4, 2, 2).permute(0, 3, 1, 2), "bias": stem.proj.bias}
+    )
+    theirs = {"none": nn.Identity(), "layer": LayerNorm2d(8, eps=1e-6), "batch": nn.BatchNorm2d(8)}[norm]
+    theirs.load_state_dict(stem.norm.state_dict())
+    layers = nn.Sequential(conv, theirs, nn.GELU() if activation == "gelu" else nn.Identity()).train(training)
+    images = torch.randn(2, 2, 12, 4)
+    expected, found = layers(images).flatten(2).transpose(1, 2), stem(images)
+    torch.testing.assert_close(found, expected, **SUM_ORDER)
+
+    weights = torch.randn_like(expected)
+    for tokens in (expected, found):
+        (tokens * weights).sum().backward()
+    flat = conv.weight.grad.permute(0, 2, 3, 1).flatten(1)
+    torch.testing.assert_close(stem.proj.weight.grad, flat, **SUM_ORDER)
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(stem.norm.get_parameter(name).grad, parameter.grad, **SUM_ORDER)
+    torch.testing.assert_close(stem.norm.state_dict(), theirs.state_dict(), **SUM_ORDER)
+
+
+def test_the_linear_stem_alone_is_its_projection() -> None:
+    assert list(LinearStem((4, 4), 8).state_dict()) == ["proj.weight", "proj.bias"]
+    batch = LinearStem((4, 4), 8, norm="batch", activation="gelu").state_dict()
+    assert {name.rpartition(".")[0] for name in batch} == {"proj", "norm"}
+
+
+@pytest.mark.parametrize("kind", STEMS)
+def test_a_stem_says_whether_it_computes_hidden_patches(kind: str) -> None:
+    """As the rows of its matrix products do; a convolution always has the whole image."""
+    stem, images, mask = make_stem(kind), random_images(), random_mask(2, 12, 9)
+    rows: list[int] = []
+    for layer in stem.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(lambda layer, inputs, output: rows.append(output.shape[1]))
+    for training in (True, False):
+        rows.clear()
+        stem.train(training)(images, mask)
+        assert stem.computes_hidden == (not rows or set(rows) == {12})
+        assert stem.computes_hidden or set(rows) == {3}
+
+
 @pytest.mark.parametrize("kind", STEMS)
 def test_shapes(kind: str) -> None:
     stem, images = make_stem(kind), random_images()
@@ -91,9 +157,10 @@ def test_running_statistics_ignore_masked_pixels(kind: str) -> None:
     assert all(buffer.isfinite().all() for buffer in stem.buffers())
 
 
-def test_statistics_of_all_see_masked_pixels_through_moments_only() -> None:
+@pytest.mark.parametrize("kind", ON_ALL)
+def test_statistics_of_all_see_masked_pixels_through_moments_only(kind: str) -> None:
     """A permutation of the hidden patches keeps the moments, so the visible tokens stay."""
-    stem, images, mask = randomize(make_stem("hmlp-all")), random_images(), random_mask(2, 12, 7)
+    stem, images, mask = randomize(make_stem(kind)), random_images(), random_mask(2, 12, 7)
     turned = images.clone()
     for b, row in enumerate(mask.masked.tolist()):
         for to, source in zip(row, row[1:] + row[:1], strict=True):
@@ -109,7 +176,7 @@ def test_statistics_of_all_see_masked_pixels_through_moments_only() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "training"),
-    [*((k, False) for k in PATCH_LOCAL), *((k, True) for k in PATCH_LOCAL if k != "hmlp-visible")],
+    [*((k, False) for k in PATCH_LOCAL), *((k, True) for k in PATCH_LOCAL if k not in ON_VISIBLE)],
 )
 def test_masking_and_a_patch_local_stem_commute(kind: str, training: bool) -> None:
     stem, images, mask = randomize(make_stem(kind)).train(training), random_images(), random_mask(2, 12, 7)
@@ -117,8 +184,9 @@ def test_masking_and_a_patch_local_stem_commute(kind: str, training: bool) -> No
     torch.testing.assert_close(stem(images, mask), mask.take_visible(stem(images)), **SUM_ORDER)
 
 
-def test_batch_statistics_of_visible_patches_do_not_commute() -> None:
-    stem, images, mask = randomize(make_stem("hmlp-visible")), random_images(), random_mask(2, 12, 7)
+@pytest.mark.parametrize("kind", ON_VISIBLE)
+def test_batch_statistics_of_visible_patches_do_not_commute(kind: str) -> None:
+    stem, images, mask = randomize(make_stem(kind)), random_images(), random_mask(2, 12, 7)
     assert not torch.allclose(stem(images, mask), mask.take_visible(stem(images)), atol=1e-2)
 
 
