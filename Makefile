@@ -24,5 +24,5 @@ $(BIN)/pip:
 	@touch $@
 
 .venv/.installed-dev: pyproject.toml | $(BIN)/pip
-	$(BIN)/pip install --editable '.[dev]'
+	$(BIN)/pip install --editable '.[dev,export]'
 	@touch .venv/.installed $@

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mpm import configfile
 from mpm.commands.words import FREE_TO_CHANGE, is_first_process, parse
-from mpm.config import FinetuneConfig, PretrainConfig
+from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig
 
 __all__ = ["main"]
 
@@ -135,7 +135,9 @@ def _predict(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     _need_classes(options.checkpoint)
-    config = configfile.load(options.checkpoint / "config.yaml", options.words, FinetuneConfig).config
+    file = options.checkpoint / "config.yaml"
+    config = configfile.load(file, options.words, configfile.model_of(file)).config
+    assert isinstance(config, FinetuneConfig | ImportedConfig)
     for word in options.words:
         key = word.partition("=")[0]
         if not any(f"{key}.".startswith(f"{free}.") for free in FREE_TO_CHANGE):
@@ -143,7 +145,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             raise ValueError(f"override {word}: the network is what it is; only {free} can be changed")
     if config.data.test is None:
         raise ValueError(
-            f"{options.checkpoint} was trained without test images; "
+            f"{options.checkpoint} names no test images; "
             "add data.test.kind=folder data.test.root=FOLDER, with one folder a class"
         )
     from mpm.commands.evaluation import evaluate
@@ -154,9 +156,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _reconstruct(options: argparse.Namespace) -> None:
-    if configfile.model_of(options.checkpoint / "config.yaml") is FinetuneConfig:
+    if configfile.model_of(options.checkpoint / "config.yaml") is not PretrainConfig:
         raise ValueError(
-            f"{options.checkpoint} is fine-tuned, so what predicted hidden patches is gone; "
+            f"{options.checkpoint} is no run of pretraining, so what predicted hidden patches is gone; "
             "give the pretraining run that it started from"
         )
     from mpm.commands.reconstruction import reconstruct
@@ -196,14 +198,54 @@ def _stats(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--channels is for a folder; for {options.data} write data.channels={options.channels}"
         )
-    config = configfile.load(options.data, options.words, configfile.model_of(options.data)).config
+    model = configfile.model_of(options.data)
+    if model is ImportedConfig:
+        raise ValueError(f"{options.data} is of weights that others trained and names no training images")
+    config = configfile.load(options.data, options.words, model).config
+    assert isinstance(config, PretrainConfig | FinetuneConfig)
     from mpm.commands.survey import survey_config
 
     print(survey_config(config))
 
 
+def _models(options: argparse.Namespace) -> None:
+    pattern, words = options.pattern, options.words
+    if "=" in pattern:  # the pattern was left out
+        pattern, words = "*", [pattern, *words]
+    from mpm.commands.models import rows, table
+
+    print(table(list(rows(pattern, words)), as_json=options.json))
+
+
+def _import(options: argparse.Namespace) -> None:
+    from mpm.commands.importing import import_weights
+
+    print(
+        import_weights(
+            options.source,
+            options.output,
+            heads=options.heads,
+            decoder_heads=options.decoder_heads,
+            image_size=options.image_size,
+        )
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from mpm.commands.exporting import export_checkpoint
+
+    print(export_checkpoint(options.checkpoint, options.output, to=options.to))
+
+
 def _need_classes(checkpoint: Path) -> None:
-    if configfile.model_of(checkpoint / "config.yaml") is PretrainConfig:
+    file = checkpoint / "config.yaml"
+    model = configfile.model_of(file)
+    if model is ImportedConfig:
+        config = configfile.load(file, [], ImportedConfig).config
+        is_pretrained = config.readout is None or config.num_classes is None
+    else:
+        is_pretrained = model is PretrainConfig
+    if is_pretrained:
         raise ValueError(
             f"{checkpoint} is of pretraining and knows no classes; fine-tune it first: "
             f"mpm finetune --config FILE init.checkpoint={checkpoint}"
@@ -217,6 +259,9 @@ _COMMANDS = {
     "evaluate": _evaluate,
     "reconstruct": _reconstruct,
     "features": _features,
+    "models": _models,
+    "import": _import,
+    "export": _export,
     "config": _config,
     "stats": _stats,
 }

@@ -82,7 +82,11 @@ def write_imported(official: Official, folder: Path, *, source: str | Path) -> I
     checkpoint.write(
         folder,
         config=config.model_dump(mode="json"),
-        metadata={"kind": "imported", "classes": [], "report": official.report._asdict()},
+        metadata={
+            "kind": "imported",
+            "classes": list(official.config["classes"]),
+            "report": official.report._asdict(),
+        },
         model=official.state,
     )
     return config

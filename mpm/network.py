@@ -88,7 +88,8 @@ def read_trunk(source: str | Path) -> Trunk:
     """
     if not is_checkpoint(source):
         official = fetch(source)
-        return _trunk(imported_config(official, source=source), official.state, path=Path(source))
+        config = imported_config(official, source=source)
+        return _trunk(config, official.state, path=Path(source), classes=official.config["classes"])
     saved = checkpoint.load(Path(source).expanduser())
     classes = tuple(saved.metadata.get("classes", ()))
     return _trunk(config_of(saved), _weights(saved), path=saved.path, step=saved.step, classes=classes)

@@ -168,6 +168,7 @@ save(run_dir, 3)
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_a_kill_leave_what_was_saved(tmp_path: Path) -> None:
     save(tmp_path, 1, best=True)
     save(tmp_path, 2)

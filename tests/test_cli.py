@@ -21,7 +21,19 @@ from mpm.data.images import read_image
 from tests.command_line import CONFIGS, TINY, CommandLine
 
 DEBUG = CONFIGS / "debug.yaml"
-COMMANDS = ["pretrain", "finetune", "predict", "evaluate", "reconstruct", "features", "config", "stats"]
+COMMANDS = [
+    "pretrain",
+    "finetune",
+    "predict",
+    "evaluate",
+    "reconstruct",
+    "features",
+    "models",
+    "import",
+    "export",
+    "config",
+    "stats",
+]
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,9 @@ def test_layer_scale_drop_path_and_distributions_after_construction(name: str) -
             assert parameter.eq(1).all(), name_
 
 
-@pytest.mark.parametrize("name", variants())
+@pytest.mark.parametrize(
+    "name", [name for name in variants() if not name.startswith("vit_")] + ["vit_s_18x2"]
+)
 def test_every_variant_classifies_and_learns(name: str) -> None:
     """Shapes, and a gradient for every parameter."""
     classifier = thin(name, **{"depth": 1, "drop_path": 0.0})

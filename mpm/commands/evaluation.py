@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from mpm import build
-from mpm.config import FinetuneConfig
+from mpm.config import FinetuneConfig, ImportedConfig
 from mpm.data.loading import eval_loader
 from mpm.data.views import EvalView
 from mpm.evaluation.accuracy import Accuracy, confusion_picture
@@ -18,13 +18,18 @@ _BATCH = 256
 
 
 def evaluate(
-    checkpoint: Path, config: FinetuneConfig, *, picture: Path | None = None, as_json: bool = False
+    checkpoint: Path,
+    config: FinetuneConfig | ImportedConfig,
+    *,
+    picture: Path | None = None,
+    as_json: bool = False,
 ) -> str:
     """Scores on `data.test`, as text or JSON; every process of a torchrun calls it.
 
     Args:
         checkpoint: of fine-tuning.
-        config: the checkpoint's, with other test images where wanted.
+        config: the checkpoint's, with other test images where wanted. Classes of weights that others
+            trained are matched by number, with the folders in the order of their names.
         picture: gets the confusion matrix as PNG.
         as_json: for machines.
 
@@ -37,16 +42,20 @@ def evaluate(
         images = build.source(
             config.data.test, image_size=network.image_size, channels=network.channels, labelled=True
         )
-        if images.classes != network.classes:
-            raise ValueError(_difference(images.classes or (), network.classes))
+        classes = images.classes or ()
+        # others name their classes as they like; by number, then, but not where only the order differs
+        is_foreign = isinstance(config, ImportedConfig) and set(classes) != set(network.classes)
+        by_number = is_foreign and len(classes) == len(network.classes)
+        if classes != network.classes and not by_number:
+            raise ValueError(_difference(classes, network.classes))
         view = EvalView(
             network.image_size, crop=config.data.test_crop, interpolation=config.data.interpolation
         )
         loader = eval_loader(images, view, batch_size=_BATCH, workers=config.run.workers)
-        scores = accuracy_of(network.predict, loader, num_classes=len(network.classes), device=device)
+        scores = accuracy_of(network.predict, loader, num_classes=len(classes), device=device)
         if picture is not None:
-            write_picture(picture, confusion_picture(scores.confusion, network.classes))
-    return _json(scores, network.classes) if as_json else _text(scores, network.classes)
+            write_picture(picture, confusion_picture(scores.confusion, classes))
+    return _json(scores, classes) if as_json else _text(scores, classes)
 
 
 def _difference(found: tuple[str, ...], known: tuple[str, ...]) -> str:

@@ -43,7 +43,17 @@ def _parser() -> argparse.ArgumentParser:
         epilog="`mpm COMMAND --help` tells more, with an example.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
-    for add in (_add_training, _add_predict, _add_evaluate, _add_reconstruct, _add_features, _add_inspection):
+    for add in (
+        _add_training,
+        _add_predict,
+        _add_evaluate,
+        _add_reconstruct,
+        _add_features,
+        _add_models,
+        _add_import,
+        _add_export,
+        _add_inspection,
+    ):
         add(commands)
     return parser
 
@@ -158,6 +168,65 @@ def _add_features(commands: Any) -> None:
     _add_workers(command)
 
 
+def _add_models(commands: Any) -> None:
+    command = _add(
+        commands,
+        "models",
+        "list the published architectures: resolution, parameters, GMACs, paper",
+        more="Parameters are counted as the official weights hold them, with 1000 classes; GMACs are\n"
+        "billions of multiply-accumulates of one image's forward pass. vit_b_6x6 is any N x P.",
+        example="mpm models 'vit_b_*' stem.kind=hmlp layer_scale=1e-4",
+    )
+    command.add_argument(
+        "pattern", nargs="?", default="*", metavar="PATTERN", help="of names, as 'cait_*' (default: all)"
+    )
+    _add_overrides(command, "replaces a value of the architecture, as layer_scale=1e-4 or stem.kind=hmlp")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_import(commands: Any) -> None:
+    command = _add(
+        commands,
+        "import",
+        "bring weights that others trained",
+        more="SOURCE is a file of DeiT, DeiT III, CaiT, BEiT, BEiT v2, MAE, SimMIM, Three things or timm,\n"
+        "a folder of Hugging Face transformers (ViT, DeiT, BEiT, ViTMAE), or timm:NAME. Tells every key\n"
+        "that was resized, dropped or is missing; what is not understood is an error, and nothing in a\n"
+        "file is ever executed.",
+        example="mpm import deit_small_patch16_224-cd65a155.pth -o weights/deit_s",
+    )
+    command.add_argument("source", metavar="SOURCE", help="file, folder, or timm:NAME")
+    command.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write; new or empty"
+    )
+    command.add_argument(
+        "--heads", type=_natural, metavar="N", help="attention heads, where the weights do not tell"
+    )
+    command.add_argument("--decoder-heads", type=_natural, metavar="N", help="of MAE's decoder, likewise")
+    command.add_argument(
+        "--image-size",
+        type=_sides,
+        metavar="S or HxW",
+        help="pixels, where the weights do not tell; else positions are resampled to it",
+    )
+
+
+def _add_export(commands: Any) -> None:
+    command = _add(
+        commands,
+        "export",
+        "write a network for other programs, never masked, with a model card",
+        more="timm and transformers: a folder; safetensors, onnx and torch-export: a file. The card says\n"
+        "how to load it, and how far its outputs are from this network's, measured at export.",
+        example="mpm export runs/flowers --to onnx -o flowers.onnx",
+    )
+    _add_checkpoint(command, "of pretraining, fine-tuning or mpm import")
+    formats = ("timm", "safetensors", "onnx", "torch-export", "transformers")
+    command.add_argument("--to", required=True, choices=formats, help="what will read it")
+    text = "timm, transformers: a folder, new or empty; else a file, .safetensors, .onnx or .pt2"
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help=text)
+
+
 def _add_inspection(commands: Any) -> None:
     command = _add(
         commands,
@@ -215,6 +284,11 @@ def _natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 on")
     return int(text)
+
+
+def _sides(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return _natural(height), _natural(width or height)
 
 
 def _existing(text: str) -> Path:

@@ -12,7 +12,7 @@ from mpm.backbones.cost import backbone_macs, blocks_macs, classifier_macs, line
 from mpm.backbones.create import create_readout
 from mpm.objectives.predictors import DecoderPredictor, LinearPredictor
 from mpm.patchify.stems import ConvStem, HierarchicalMLPStem, LinearStem
-from mpm.variants import Architecture, architecture
+from mpm.variants import Architecture, architecture, variant
 from tests.networks import random_images, random_mask, randomize
 
 META = torch.device("meta")
@@ -238,7 +238,14 @@ def agrees(macs: int, printed: str) -> bool:
     return abs(macs / 1e9 - float(printed)) <= max(half, 0.02 * float(printed))
 
 
-@pytest.mark.parametrize(("name", "image_size", "gmacs", "printed"), NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "image_size", "gmacs", "printed"),
+    # deep ones take their time to build
+    [
+        pytest.param(*row, marks=[pytest.mark.slow] * (variant(row[0]).architecture.depth > 24))
+        for row in NETWORKS
+    ],
+)
 def test_networks_cost_what_the_papers_say(
     name: str, image_size: int, gmacs: float, printed: str | None
 ) -> None:

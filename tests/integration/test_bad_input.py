@@ -114,6 +114,7 @@ def test_few_undecodable_images_are_replaced_counted_and_logged(
     assert (tmp_path / "run" / "reconstructions.png").exists()
 
 
+@pytest.mark.slow
 def test_run_is_not_continued_on_other_images(commands: CommandLine, tmp_path: Path) -> None:
     images = folder_of_images(tmp_path / "images", whole=40, torn=0)
     assert pretrain_on(commands, images, tmp_path / "run", "monitor.images=0").status == 0
@@ -124,6 +125,7 @@ def test_run_is_not_continued_on_other_images(commands: CommandLine, tmp_path: P
     assert "39, not 40; restore them, or choose another run.output_dir" in ended.complaint
 
 
+@pytest.mark.slow
 def test_more_than_one_percent_undecodable_is_an_error(commands: CommandLine, tmp_path: Path) -> None:
     images = folder_of_images(tmp_path / "images", whole=58, torn=2)
     ended = pretrain_on(commands, images, tmp_path / "run", "monitor.images=0")
@@ -134,6 +136,7 @@ def test_more_than_one_percent_undecodable_is_an_error(commands: CommandLine, tm
     )
 
 
+@pytest.mark.slow
 def test_image_that_is_not_finite_is_as_good_as_none(commands: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for number in range(20):

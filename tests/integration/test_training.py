@@ -29,6 +29,7 @@ def test_mae_learns_eight_images_by_heart(tmp_path: Path) -> None:
     assert sum(losses(tmp_path)[-10:]) / 10 < 0.25 * TRIVIAL_LOSS
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_32_images_by_heart(tmp_path: Path) -> None:
     data = [
         "data.train.count=32",

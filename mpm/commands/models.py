@@ -1,0 +1,164 @@
+"""`mpm models`: the published architectures, their sizes and costs, counted from the networks themselves."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mpm import configfile
+from mpm.backbones.backbone import Backbone
+from mpm.backbones.classifier import Classifier
+from mpm.backbones.cost import backbone_macs, blocks_macs, classifier_macs, linear_macs, stem_macs
+from mpm.backbones.create import create_backbone, create_readout, variants
+from mpm.config import Backbone as BackboneConfig
+from mpm.interop.official import to_official
+from mpm.objectives.masked import MaskedPrediction
+from mpm.objectives.predictors import DecoderPredictor, LinearPredictor, Predictor
+from mpm.variants import Architecture, Variant, variant
+
+__all__ = ["Row", "rows", "table"]
+
+_CHANNELS, _CLASSES, _CODES = 3, 1000, 8192
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index")
+
+
+class Row(NamedTuple):
+    """A network at a resolution.
+
+    Attributes:
+        name: of the variant.
+        network: "classifier" of 1000 classes, "encoder", or "pretraining" with predictor and mask token.
+        image_size: side in pixels.
+        parameters: as the official weights hold them.
+        gmacs: billions of multiply-accumulates of one image's forward pass; masked where it pretrains.
+        paper: where it comes from.
+        layout: the weights its parameters are counted in: the paper's family's; where that has no such
+            option, timm's, else mpm's own.
+    """
+
+    name: str
+    network: str
+    image_size: int
+    parameters: int
+    gmacs: float
+    paper: str
+    layout: str
+
+
+def rows(pattern: str = "*", words: Sequence[str] = ()) -> Iterator[Row]:
+    """The networks whose name matches.
+
+    Args:
+        pattern: of a shell, as `cait_*`; or the name of any N x P, as `vit_b_6x6`.
+        words: `key=value` of a `backbone` section, as `stem.kind=hmlp`.
+
+    Raises:
+        ValueError: if there is none, or a word does not fit.
+    """
+    for name in variants(pattern) or (pattern,):
+        published = variant(name)
+        for network in published.networks:
+            for side in published.image_sizes if network == "classifier" else published.image_sizes[:1]:
+                yield _row(name, published, network, side, words)
+
+
+def table(rows: Sequence[Row], *, as_json: bool = False) -> str:
+    """Aligned text, or JSON."""
+    if as_json:
+        return json.dumps([row._asdict() for row in rows], indent=1)
+    header = ("name", "network", "px", "parameters", "GMACs", "paper")
+    cells = [
+        (row.name, row.network, str(row.image_size), f"{row.parameters:,}", f"{row.gmacs:.2f}", row.paper)
+        for row in rows
+    ]
+    widths = [max(len(line[column]) for line in (header, *cells)) for column in range(len(header))]
+    right = {2, 3, 4}
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in (header, *cells)
+    )
+
+
+def _row(name: str, published: Variant, network: str, side: int, words: Sequence[str]) -> Row:
+    stated = configfile.from_words({"variant": name}, words, BackboneConfig, name="mpm models")
+    trunk = stated.resolved()
+    if network == "classifier":
+        loosened = trunk.for_fine_tuning().positions
+        trunk = trunk._replace(positions={**loosened, **stated.positions.model_dump(exclude_none=True)})
+    image_size = (side, side)
+    facts: dict[str, Any] = {
+        "family": published.layout,
+        "image_size": image_size,
+        "channels": _CHANNELS,
+        "backbone": trunk._asdict(),
+        "readout": None,
+        "num_classes": None,
+        "predictor": None,
+    }
+    with torch.device("meta"):
+        backbone = create_backbone(trunk, image_size=image_size, channels=_CHANNELS).eval()
+        match network:
+            case "classifier":
+                readout = create_readout(trunk, **published.readout)
+                classifier = Classifier(backbone, readout, num_classes=_CLASSES)
+                facts |= {"readout": dict(published.readout), "num_classes": _CLASSES}
+                state, macs = classifier.state_dict(), classifier_macs(classifier)
+            case "encoder":
+                parts = nn.ModuleDict({"backbone": backbone, "norm": nn.LayerNorm(trunk.dim)})
+                state, macs = _as_predictor(parts.state_dict()), backbone_macs(backbone)
+                if published.layout == "simmim":  # whose encoder holds the mask token
+                    state["predictor.encoder_mask_token"] = torch.empty(trunk.dim)
+            case _:
+                predictor, facts["predictor"], macs = _pretraining(published, trunk, backbone)
+                state = MaskedPrediction(backbone, predictor, loss=torch.sub).state_dict()
+        layout, parameters = _parameters(state, facts)
+    return Row(name, network, side, parameters, macs / 1e9, published.paper, layout)
+
+
+def _as_predictor(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The final norm of an encoder is where a pretraining's is."""
+    return {f"predictor.{name}" if name.startswith("norm") else name: t for name, t in state.items()}
+
+
+def _pretraining(
+    published: Variant, trunk: Architecture, backbone: Backbone
+) -> tuple[Predictor, dict[str, Any], int]:
+    """Predictor, its configuration, and the cost of a masked pass.
+
+    As the published code computes: a stem that sees all patches, and every token through every block. Ours
+    is a little cheaper.
+    """
+    N = backbone.grid[0] * backbone.grid[1]
+    pixels = trunk.patch_size[0] * trunk.patch_size[1] * _CHANNELS
+    match published.layout:
+        case "mae":
+            visible = trunk.num_prefix + N // 4
+            decoder = DecoderPredictor(trunk.dim, pixels, grid=backbone.grid)
+            macs = stem_macs(backbone.stem, N) + blocks_macs(list(backbone.blocks), visible)
+            macs += linear_macs(decoder.embed, visible) + linear_macs(decoder.head, trunk.num_prefix + N)
+            macs += blocks_macs(list(decoder.blocks), trunk.num_prefix + N)
+            return decoder, {"kind": "decoder", "dim": 512, "depth": 8, "heads": 16}, macs
+        case "beit":
+            linear, masked = LinearPredictor(trunk.dim, _CODES), 75
+        case _:
+            linear, masked = LinearPredictor(trunk.dim, pixels), 120  # 30 of 49 units of 2 x 2
+    return linear, {"kind": "linear"}, backbone_macs(backbone) + linear_macs(linear.head, masked)
+
+
+def _parameters(state: dict[str, Tensor], facts: dict[str, Any]) -> tuple[str, int]:
+    """The first layout that has the network, and the parameters there."""
+    for layout in (facts["family"], "timm"):
+        with contextlib.suppress(ValueError):
+            return layout, _count(to_official(state, facts, layout=layout))
+    return "mpm", _count(state)
+
+
+def _count(state: Mapping[str, Tensor]) -> int:
+    """Parameters; statistics and indices are none."""
+    return sum(tensor.numel() for name, tensor in state.items() if not name.endswith(_STATISTICS))

@@ -1,0 +1,403 @@
+"""Published weights in mpm: the same function, and the same weights again on the way out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from einops import rearrange
+from safetensors.torch import save_file
+from timm.models.beit import Beit
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mpm.interop import load_official
+from mpm.interop.official import network_of, to_official
+from mpm.patchify.patches import unpatchify
+from mpm.patchify.positions import sincos_table
+from mpm.variants import Architecture
+from tests.interop.published import (
+    CASES,
+    CLASSES,
+    DEPTH,
+    DIM,
+    HEADS,
+    PATCH,
+    SIDE,
+    SIZES,
+    Case,
+    logits,
+    ours,
+    published,
+    randomize,
+)  # fmt: skip
+
+GRID = SIDE // PATCH
+OFFICIAL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+IN_TIMM = {name: case for name, case in CASES.items() if case.in_timm}
+PRECISIONS = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["f64", "f32"]
+)
+
+
+def _images(case: Case | None = None, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    side = SIDE if case is None else case.arguments.get("img_size", SIDE)
+    height, width = (side, side) if isinstance(side, int) else side
+    return torch.randn(2, 3, height, width, dtype=dtype)
+
+
+def _assert_near(actual: Tensor, expected: Tensor, tolerance: float, *, scale: float | Tensor = 0.0) -> None:
+    """Difference over the largest value, or over `scale` where the values only round to zero."""
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= tolerance * max(expected.abs().max(), scale)
+
+
+@OFFICIAL
+@PRECISIONS
+def test_logits_and_gradients_are_those_of_the_published_network(
+    case: Case, dtype: torch.dtype, tolerance: float
+) -> None:
+    theirs = published(case, dtype=dtype)
+    official = load_official(theirs.state_dict(), heads=HEADS)
+    assert official.report.family == official.config["family"] == case.family
+    network = ours(official.config, official.state, dtype=dtype)
+    images, weights = _images(case, dtype=dtype), torch.randn(2, CLASSES, dtype=dtype)
+    expected, actual = theirs(images), logits(network, images)
+    _assert_near(actual, expected, tolerance)
+    (expected * weights).sum().backward()
+    (actual * weights).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    assert None not in gradients.values()
+    layout = "timm" if case.in_timm else None
+    renamed = to_official(official.state | gradients, official.config, layout=layout)
+    rows, columns = network["backbone"].grid
+    scale = 1e-2 * max(parameter.grad.abs().max() for parameter in theirs.parameters())
+    for name, parameter in theirs.named_parameters():
+        mine, reference = renamed[name], parameter.grad
+        if name == "pos_embed":  # the rows of prefix tokens are in the tokens
+            mine, reference = mine[:, -rows * columns :], reference[:, -rows * columns :]
+        _assert_near(mine, reference, tolerance, scale=scale)
+
+
+@pytest.mark.parametrize("case", IN_TIMM.values(), ids=IN_TIMM)
+def test_timm_loads_what_mpm_writes(case: Case) -> None:
+    official = load_official(published(case).state_dict(), heads=HEADS)
+    state = randomize(network_of(official.config).double()).state_dict()
+    theirs = case.build(**SIZES | case.arguments).double().eval()
+    theirs.load_state_dict(to_official(state, official.config, layout="timm"), strict=True)
+    images = _images(case)
+    _assert_near(theirs(images), logits(ours(official.config, state), images), 1e-9)
+
+
+@OFFICIAL
+def test_out_and_in_again_is_the_identity(case: Case) -> None:
+    official = load_official(published(case).state_dict(), heads=HEADS)
+    written = to_official(official.state, official.config)
+    again = load_official(written, heads=HEADS)
+    assert again.config == official.config
+    _assert_identical(again.state, official.state)
+    assert set(again.report.loaded) == written.keys()
+    assert again.report.dropped == again.report.resized == again.report.missing == ()
+
+
+def _assert_identical(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert not [name for name, tensor in actual.items() if not torch.equal(tensor, expected[name])]
+
+
+def _config(family: str, *, predictor: dict[str, Any] | None = None, **trunk: Any) -> dict[str, Any]:
+    """Facts of a tiny network of a family, as it is pretrained."""
+    sizes = {"patch_size": (PATCH, PATCH), "dim": DIM, "depth": DEPTH, "heads": HEADS}
+    return {
+        "family": family,
+        "image_size": (SIDE, SIDE),
+        "channels": 3,
+        "backbone": Architecture(**sizes | trunk)._asdict(),
+        "readout": None,
+        "num_classes": None,
+        "predictor": predictor,
+    }
+
+
+def _classifier(family: str, readout: dict[str, Any], **trunk: Any) -> dict[str, Any]:
+    return _config(family, **trunk) | {"readout": readout, "num_classes": CLASSES}
+
+
+SINCOS = {"table": "sincos", "bias": "none"}
+LEARNED = {"table": "learned", "bias": "none"}
+SHARED = {"table": "none", "bias": "shared"}
+BEIT = {"qkv_bias": "query_value", "layer_scale": 0.1, "positions": SHARED}
+LINEAR = {"kind": "linear"}
+DECODER = {"kind": "decoder", "dim": 16, "depth": 1, "heads": 2}
+CAIT = {"attention": "talking_heads", "layer_scale": 0.1, "class_token": False, "drop_path_rule": "constant"}
+CLASS_ATTENTION = {"kind": "class_attention", "depth": 3, "queries": 1, "mlp_ratio": 2.0}
+
+
+def _three_things(**trunk: Any) -> dict[str, Any]:
+    return _classifier("three_things", {"kind": "token"}, drop_path_rule="constant", **trunk)
+
+
+# the kinds of file that timm has no class for
+WITHOUT_TIMM = {
+    "beit, pretrained": _config("beit", predictor=LINEAR, **BEIT),
+    "simmim": _config("simmim", predictor=LINEAR, **BEIT),
+    "simmim of patches 4x8": _config(
+        "simmim", predictor=LINEAR, **BEIT | {"patch_size": (4, 8), "positions": LEARNED}
+    )
+    | {"image_size": (16, 32)},
+    "mae, full": _config("mae", predictor=DECODER, positions=SINCOS),
+    "hmlp of layer norm": _three_things(stem={"kind": "hmlp", "norm": "layer"}),
+    "conv stem": _three_things(stem={"kind": "conv", "norm": "batch"}),
+    "batch norm": _three_things(stem={"kind": "linear", "norm": "batch", "statistics": "all"}),
+    "three branches": _three_things(branches=3, layer_scale=1e-4),
+    "twelve branches": _three_things(branches=12),
+    "cait": _classifier("cait", CLASS_ATTENTION, **CAIT),
+}
+
+
+def _state(config: dict[str, Any]) -> dict[str, Tensor]:
+    """Random weights of a network that predicts pixels, where it is pretrained; fixed positions are kept."""
+    rows, columns = config["backbone"]["patch_size"]
+    state = randomize(network_of(config, out_dim=3 * rows * columns)).state_dict()
+    if config["backbone"]["positions"] == SINCOS:
+        state["backbone.positions.table"] = sincos_table((GRID, GRID), DIM)
+    return state
+
+
+@pytest.mark.parametrize("config", WITHOUT_TIMM.values(), ids=WITHOUT_TIMM)
+def test_out_and_in_again_is_the_identity_where_timm_has_no_class(config: dict[str, Any]) -> None:
+    state = _state(config)
+    again = load_official(to_official(state, config), heads=HEADS, decoder_heads=2)
+    _assert_identical(again.state, state)
+    assert {key: again.config[key] for key in config} == config
+
+
+def test_a_pretrained_mae_encoder_gives_timms_features() -> None:
+    """Its positions are fixed, and nobody reads it but the norm."""
+    theirs = randomize(VisionTransformer(**SIZES | {"num_classes": 0})).double().eval()
+    fixed = sincos_table((GRID, GRID), DIM)
+    with torch.no_grad():
+        theirs.pos_embed.copy_(torch.cat([torch.zeros(1, DIM), fixed])[None])
+    official = load_official(theirs.state_dict(), heads=HEADS)
+    config = official.config
+    assert config["family"] == "mae"
+    assert config["backbone"]["positions"]["table"] == "sincos"
+    assert config["readout"] is config["predictor"] is config["num_classes"] is None
+    norm = nn.LayerNorm(DIM, eps=1e-6).double()
+    norm.load_state_dict({leaf: official.state.pop(f"predictor.norm.{leaf}") for leaf in ("weight", "bias")})
+    network, images = ours(config, official.state), _images()
+    encoded = network["backbone"](images)
+    tokens = norm(torch.cat([encoded.prefix, encoded.patches], dim=1))
+    _assert_near(tokens, theirs.forward_features(images), 1e-9)
+
+
+def test_pretrained_beit_predicts_codes_as_timms_trunk_and_lm_head_do() -> None:
+    shared = {"use_abs_pos_emb": False, "use_shared_rel_pos_bias": True, "init_values": 0.1}
+    theirs = randomize(Beit(**SIZES | shared | {"num_classes": 0, "global_pool": "token"})).double().eval()
+    lm_head = randomize(nn.Linear(DIM, 7)).double()
+    file = theirs.state_dict() | {f"lm_head.{key}": value for key, value in lm_head.state_dict().items()}
+    file |= {
+        "mask_token": torch.randn(1, 1, DIM).double(),
+        "rel_pos_bias.relative_position_index": torch.zeros(17, 17).long(),
+        "cls_pt_layers.0.norm1.weight": torch.ones(DIM),
+    }
+    official = load_official(file)
+    assert official.config["predictor"] == {"kind": "linear"}
+    assert official.config["mean"] == (
+        0.485,
+        0.456,
+        0.406,
+    )  # the layers of class-token pretraining are BEiT v2's
+    assert official.report.dropped == ("rel_pos_bias.relative_position_index", "cls_pt_layers.0.norm1.weight")
+    network, images = ours(official.config, official.state), _images()
+    codes = network["predictor"](network["backbone"](images), None)[0]
+    _assert_near(codes, lm_head(theirs.forward_features(images)[:, 1:]), 1e-9)
+    assert torch.equal(official.state["predictor.encoder_mask_token"], file["mask_token"].flatten())
+
+
+@pytest.mark.parametrize("patch_size", [(4, 4), (4, 8)])
+def test_simmims_head_draws_the_pixels_that_pixel_shuffle_draws(patch_size: tuple[int, int]) -> None:
+    config = _config("simmim", predictor={"kind": "linear"}, **BEIT | {"patch_size": patch_size})
+    config["image_size"] = (GRID * patch_size[0], GRID * patch_size[1])
+    height, width = patch_size
+    state = _state(config)
+    file = to_official(state, config)
+    head = {name: file[f"decoder.0.{name}"] for name in ("weight", "bias")}
+    tokens = torch.randn(2, GRID * GRID, DIM)
+    predictions = F.linear(tokens, state["predictor.head.weight"], state["predictor.head.bias"])
+    drawn = unpatchify(predictions, patch_size, grid=(GRID, GRID))
+    features = F.conv2d(rearrange(tokens, "b (h w) d -> b d h w", h=GRID), **head)
+    shuffled = rearrange(features, "b (c i j) h w -> b c (h i) (w j)", i=height, j=width)
+    if height == width:
+        torch.testing.assert_close(shuffled, F.pixel_shuffle(features, height))
+    torch.testing.assert_close(drawn, shuffled)
+    assert {key.partition(".")[0] for key in file} == {"encoder", "decoder"}
+
+
+def test_a_full_mae_has_the_published_names() -> None:
+    config = _config("mae", predictor=DECODER, positions=SINCOS)
+    file = to_official(network_of(config, out_dim=48).state_dict(), config)
+    top = {"cls_token", "pos_embed", "mask_token", "decoder_pos_embed"}
+    layers = {"patch_embed.proj", "norm", "decoder_embed", "decoder_norm", "decoder_pred"}
+    inner = {"norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"}
+    layers |= {f"blocks.{i}.{part}" for i in range(DEPTH) for part in inner}
+    layers |= {f"decoder_blocks.0.{part}" for part in inner}
+    assert file.keys() == top | {f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")}
+    assert file["pos_embed"].shape == (1, 17, DIM)
+    assert file["decoder_pos_embed"].shape == (1, 17, 16)
+
+
+def test_16_bit_weights_become_float32() -> None:
+    state = {key: tensor.bfloat16() for key, tensor in published(CASES["deit"]).state_dict().items()}
+    official = load_official(state, heads=HEADS)
+    assert {tensor.dtype for tensor in official.state.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["deit", "beit", "mae, full"])
+def test_positions_are_resampled_to_another_image_size(name: str) -> None:
+    if name in CASES:
+        file = published(CASES[name], dtype=torch.float32).state_dict()
+    else:
+        file = to_official(_state(WITHOUT_TIMM[name]), WITHOUT_TIMM[name])
+    official = load_official(file, heads=HEADS, decoder_heads=2, image_size=(24, 32))
+    assert official.config["image_size"] == (24, 32)
+    ours(official.config, official.state, dtype=torch.float32)  # loads strictly
+    expected = {
+        "deit": ("pos_embed",),
+        "beit": tuple(f"blocks.{i}.attn.relative_position_bias_table" for i in range(DEPTH)),
+        "mae, full": ("pos_embed", "decoder_pos_embed"),
+    }
+    assert set(official.report.resized) == set(expected[name])
+    if name != "beit":
+        image = rearrange(file["pos_embed"][:, 1:], "1 (h w) d -> 1 d h w", h=GRID)
+        resampled = F.interpolate(image, size=(6, 8), mode="bicubic", align_corners=False)
+        torch.testing.assert_close(official.state["backbone.positions.table"], resampled[0].flatten(1).T)
+
+
+def test_a_grid_that_is_not_square_needs_the_image_size() -> None:
+    config = _classifier("deit", {"kind": "token"}) | {"image_size": (12, 16)}
+    file = to_official(_state(config), config)
+    with pytest.raises(
+        ValueError,
+        match=r"pos_embed has 13 rows, .* no square grid; give image_size=",
+    ):
+        load_official(file, heads=HEADS)
+    assert load_official(file, heads=HEADS, image_size=(12, 16)).config["image_size"] == (12, 16)
+
+
+def test_files_are_read_with_what_stands_beside_the_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(published(CASES["mean"]).state_dict(), folder / "model.safetensors")
+    preprocessing = {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1], "crop_pct": 0.95, "interpolation": "bilinear"}
+    facts = {
+        "architecture": "vit_tiny_patch16_224",
+        "global_pool": "avg",
+        "model_args": SIZES | {"global_pool": "avg"},
+        "pretrained_cfg": preprocessing | {"input_size": [3, SIDE, SIDE]},
+    }
+    (folder / "config.json").write_text(json.dumps(facts))
+    config = load_official(folder).config
+    assert config["backbone"]["heads"] == HEADS
+    expected = {"mean": (0.1, 0.2, 0.3), "std": (1, 1, 1), "crop": 0.95, "interpolation": "bilinear"}
+    assert {key: config[key] for key in expected} == expected
+
+
+def test_beit2_is_told_by_the_name_of_its_file(tmp_path: Path) -> None:
+    state = published(CASES["beit"]).state_dict()
+    for name, mean in {"beit_x.pth": 0.5, "beitv2_x.pth": 0.485}.items():
+        torch.save({"model": state}, tmp_path / name)
+        official = load_official(tmp_path / name)
+        assert official.config["mean"][0] == mean
+        assert any("BEiT v2" in note for note in official.report.notes) == (mean == 0.5)
+
+
+def test_a_class_slot_is_noted() -> None:
+    file = published(CASES["deit"]).state_dict()
+    assert "added to the token" in load_official(file, heads=HEADS).report.notes[0]
+    file["pos_embed"][:, 0] = 0
+    assert load_official(file, heads=HEADS).report.notes == ()
+
+
+def test_missing_heads_and_predictors_are_listed_and_start_afresh() -> None:
+    file = published(CASES["deit distilled"]).state_dict()
+    del file["head_dist.weight"], file["head_dist.bias"]
+    assert load_official(file, heads=HEADS).report.missing == ("heads.1.weight", "heads.1.bias")
+
+
+def _without(*keys: str) -> Any:
+    return lambda file: {key: tensor for key, tensor in file.items() if not key.startswith(keys)}
+
+
+def _with(**tensors: Tensor) -> Any:
+    return lambda file: file | tensors
+
+
+def _renamed(file: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix("fc_"): tensor for key, tensor in file.items()}
+
+
+NORM = {"blocks.1.norm1.weight": torch.ones(3)}
+REFUSED = {
+    "a key too many": ("deit", _with(rope=torch.ones(1)), r"1 of 33 keys are nothing .* deit networks: rope"),
+    "no first block": ("deit", _without("blocks.0."), r"blocks\.0\..* is missing"),
+    "a weight is missing": (
+        "deit",
+        _without("blocks.1.mlp.fc1.bias"),
+        r"lacks 1 weights .*1\.mlp\.fc1\.bias",
+    ),
+    "no norm before the head": ("deit", _without("norm."), r"lacks 2 weights .*readout\.norm"),
+    "no positions": ("deit", _without("pos_embed"), r"rotary"),
+    "no stem": ("deit", _without("patch_embed"), r"patch_embed\.proj\.weight is missing"),
+    "another shape": ("deit", _with(**NORM), r"norm1\.weight is \[3\], where \[24\]"),
+    "another width": ("deit", _with(cls_token=torch.ones(1, 1, 9)), r"\[1, 1, 9\], where \[1, 1, 24\]"),
+    "a mean after the norm": ("registers alone", _renamed, r"pools its tokens"),
+    "two heads": ("deit", _with(**{"lm_head.weight": torch.ones(5, DIM)}), r"nothing .*: lm_head\.weight"),
+}
+
+
+@pytest.mark.parametrize(("case", "change", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_nothing_explains_is_refused(case: str, change: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        load_official(change(published(CASES[case]).state_dict()), heads=HEADS)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "heads", "message"),
+    [
+        ("deit", None, "the width 24 .* give heads="),
+        ("deit", 5, "heads 5 does not divide the width 24"),
+        ("deit", 0, "heads 0 does not divide the width 24"),
+        ("deit", -3, "heads -3 does not divide the width 24"),
+        ("beit", 2, "heads 2 contradicts the file, whose attention has 3"),
+        ("cait", 2, "heads 2 contradicts the file, whose attention has 3"),
+    ],
+)
+def test_heads_are_told_or_asked_for(case: str, heads: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_official(published(CASES[case]).state_dict(), heads=heads)
+
+
+def test_a_decoder_is_asked_for_its_heads_and_may_not_move_the_class_token() -> None:
+    config = WITHOUT_TIMM["mae, full"]
+    file = to_official(_state(config), config)
+    with pytest.raises(ValueError, match=r"the width 16 .* give decoder_heads="):
+        load_official(file, heads=HEADS)
+    file["decoder_pos_embed"] = torch.ones(1, 17, 16)
+    with pytest.raises(ValueError, match="decoder_pos_embed is not 0"):
+        load_official(file, heads=HEADS, decoder_heads=2)
+
+
+def test_another_pooling_in_config_json_is_refused(tmp_path: Path) -> None:
+    save_file(published(CASES["deit"]).state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"global_pool": "avg"}')
+    with pytest.raises(ValueError, match=r"pools its tokens \(avg\)"):
+        load_official(tmp_path, heads=HEADS)
+
+
+def test_weights_of_transformers_need_their_config() -> None:
+    with pytest.raises(ValueError, match=r"need their config\.json"):
+        load_official({"vit.encoder.layer.0.layernorm_before.weight": torch.ones(3)})
