@@ -50,7 +50,12 @@ def start_of(name: str) -> tuple[float | None, float, str]:
     return STARTS[name] if name in STARTS else (None, THREE_THINGS[name.split("_")[1]], "constant")
 
 
-@pytest.mark.parametrize("name", variants())
+def by_depth(name: str) -> object:
+    """Those that take their time to build are slow tests."""
+    return pytest.param(name, marks=[pytest.mark.slow] * (variant(name).architecture.depth > 24))
+
+
+@pytest.mark.parametrize("name", [by_depth(name) for name in variants()])
 def test_layer_scale_drop_path_and_distributions_after_construction(name: str) -> None:
     scale, rate, rule = start_of(name)
     classifier = thin(name)

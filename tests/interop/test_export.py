@@ -160,7 +160,9 @@ def test_what_timm_has_not_is_refused_and_nothing_is_left(
     ("changes", "name"),
     [
         ({"layer_scale": 0.1}, "ViTForImageClassification"),
-        ({"distillation_token": True}, "DeiTForImageClassificationWithTeacher"),
+        pytest.param(
+            {"distillation_token": True}, "DeiTForImageClassificationWithTeacher", marks=pytest.mark.slow
+        ),
         ({"readout": {"kind": "mean"}, "positions": {"bias": "per_block"}}, "BeitForImageClassification"),
     ],
 )

@@ -323,7 +323,7 @@ def combination(
     return objective
 
 
-@pytest.mark.parametrize("relative_bias", [None, "shared"])
+@pytest.mark.parametrize("relative_bias", [pytest.param(None, marks=pytest.mark.slow), "shared"])
 @pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("trunk", TRUNKS)
 @pytest.mark.parametrize("method", ["mae", "simmim"])
