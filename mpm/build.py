@@ -178,8 +178,10 @@ def objective(config: cfg.PretrainConfig, out_dim: int) -> MaskedPrediction:
     trunk = backbone(config.backbone, image_size=config.data.image_size, channels=config.data.channels)
     head = predictor(config.objective.predictor, dim=trunk.dim, out_dim=out_dim, grid=trunk.grid)
     built = MaskedPrediction(trunk, head, loss=partial(patch_loss, kind=config.objective.loss))
+    start = config.backbone.in_full(classifier=False).initialization
+    assert start is not None
     for part in (trunk, head):
-        initialize(part, config.backbone.initialization)  # type: ignore[arg-type]
+        initialize(part, start)  # type: ignore[arg-type]
     return built
 
 
@@ -199,7 +201,9 @@ def classifier(
         num_classes=num_classes,
         head_std=config.head_init_std,
     )
-    initialize(built, trunk.initialization)
+    start = trunk.in_full(classifier=True).initialization
+    assert start is not None
+    initialize(built, start)
     built.reset_heads()
     return built
 
@@ -287,7 +291,7 @@ def optimizer(config: cfg.PretrainOptim | cfg.FinetuneOptim, module: nn.Module) 
     else:
         names = {"mask": {"mask_token", "encoder_mask_token"}, "prefix": {"prefix_tokens"}}
         decayed = set().union(*(names[kind] for kind in config.decay_tokens))
-    tokens = ("mask_token", "encoder_mask_token", "prefix_tokens")
+    tokens = ("mask_token", "encoder_mask_token", "prefix_tokens", "tokens")  # `tokens`: of class attention
     groups = parameter_groups(
         module,
         lr=config.lr,

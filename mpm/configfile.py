@@ -176,7 +176,7 @@ def explain(config: AnyConfig, origins: Mapping[str, str]) -> str:
 
 def same_run(a: PretrainConfig | FinetuneConfig, b: PretrainConfig | FinetuneConfig) -> list[str]:
     """Dotted keys outside `run` in which two configurations differ; empty where they are the same run."""
-    left, right = (dict(_leaves(config.model_dump(mode="json"))) for config in (a, b))
+    left, right = (json.loads(json.dumps(_values(config))) for config in (a, b))  # tuples are lists
     differing = (
         key for key in left | right if left.get(key) != right.get(key) or (key in left) != (key in right)
     )
@@ -218,4 +218,4 @@ def _is_of_variant(keys: list[str], config: AnyConfig) -> bool:
 
 
 def _inherited(config: AnyConfig) -> frozenset[str]:
-    return config.inherited if isinstance(config, FinetuneConfig) else frozenset()
+    return frozenset() if isinstance(config, ImportedConfig) else config.inherited

@@ -62,6 +62,8 @@ def _finetune(
 ) -> None:
     trunk = read_trunk(config.init.checkpoint) if config.init is not None else None
     config = inherit(config, trunk)
+    assert config.backbone is not None
+    config = config.model_copy(update={"backbone": config.backbone.in_full(classifier=True)})
     data = open_labelled(config)
     mean, std = _moments(config, data.train)
     config = with_data(config, mean=mean, std=std)
@@ -74,7 +76,8 @@ def _finetune(
     view = build.train_view(config.data, _image_size(config))
     if trunk is not None and run.resumes_from is None:
         start_from(trunk, network, config, data.classes)
-        _recalibrate_stem(network, normalize, data.train, config, device)
+        if trunk.readout is None:  # a classifier's statistics are of whole images
+            _recalibrate_stem(network, normalize, data.train, config, device)
     objective = build.supervised(config, network)
     compile_blocks(objective, cadence.compile, device)
     trained = parallel(objective, device)

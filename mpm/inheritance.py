@@ -3,9 +3,11 @@
 import logging
 from typing import Any
 
+from torch import Tensor
+
 from mpm import configfile
 from mpm.backbones.classifier import Classifier
-from mpm.config import FinetuneConfig, Positions
+from mpm.config import ClassAttentionReadout, FinetuneConfig, Positions, Readout
 from mpm.network import Trunk
 
 __all__ = ["inherit", "start_from", "with_data"]
@@ -50,23 +52,56 @@ def inherit(config: FinetuneConfig, trunk: Trunk | None) -> FinetuneConfig:
 def start_from(trunk: Trunk, network: Classifier, config: FinetuneConfig, classes: tuple[str, ...]) -> None:
     """Load the checkpoint's backbone, resampled for images of another size, and what still fits of the rest.
 
-    The readout is the checkpoint's where it is of the same kind; a token readout also takes over the norm
-    that pretraining predicted from, a mean readout starts afresh. The heads are the checkpoint's where the
-    readout and the classes are: by name, or by number where the checkpoint does not name them.
+    A readout of the same kind is the checkpoint's; where class attention gets a second query, that one starts
+    afresh. A token readout also takes over the norm that pretraining predicted from; a mean readout after
+    another one starts afresh. The heads are the checkpoint's where the readout and the classes are: by name,
+    or by number where the checkpoint does not name them.
     """
     assert config.data.channels is not None
     network.backbone.load_state_dict(trunk.weights_for(network.backbone, channels=config.data.channels))
-    inherited = ["backbone"]
-    if trunk.readout is not None and trunk.readout == config.readout:
-        network.get_submodule("readout").load_state_dict(trunk.state["readout"])
+    inherited, fresh = ["backbone"], []
+    if _is_same_reader(trunk.readout, config.readout):
+        readout = network.get_submodule("readout")
+        readout.load_state_dict(_with_rows(trunk.state["readout"], readout.state_dict()))
         inherited.append("readout")
-        if trunk.classes == classes or (not trunk.classes and trunk.num_classes == len(classes)):
-            network.heads.load_state_dict(trunk.state["heads"])
-            inherited.append("heads")
-    elif config.readout.kind == "token" and trunk.norm:
-        network.readout.norm.load_state_dict(trunk.norm)
-        inherited.append("norm")
-    log.info("starting from %s, step %d: %s", trunk.path, trunk.step, ", ".join(inherited))
+        by_number = not trunk.classes and trunk.num_classes == len(classes)
+        if trunk.classes == classes or by_number:
+            heads = network.heads.state_dict()
+            network.heads.load_state_dict(
+                heads | {k: t for k, t in trunk.state["heads"].items() if k in heads}
+            )
+            inherited.append("heads, by the number of classes" if by_number else "heads")
+        else:
+            fresh.append("heads, whose classes are others")
+    else:
+        fresh.append("readout and heads")
+        if config.readout.kind == "token" and trunk.norm:
+            network.readout.norm.load_state_dict(trunk.norm)
+            inherited.append("norm")
+    log.info(
+        "starting from %s, step %d: %s%s",
+        trunk.path,
+        trunk.step,
+        ", ".join(inherited),
+        f"; afresh: {', '.join(fresh)}" if trunk.readout is not None and fresh else "",
+    )
+
+
+def _is_same_reader(theirs: Readout | None, ours: Readout) -> bool:
+    """Whether weights fit, but for the number of queries."""
+    if isinstance(theirs, ClassAttentionReadout) and isinstance(ours, ClassAttentionReadout):
+        theirs = theirs.model_copy(update={"queries": ours.queries})
+    return theirs == ours
+
+
+def _with_rows(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A readout's state whose tokens are as many as ours; the first are theirs."""
+    if "tokens" not in ours:
+        return theirs
+    tokens = ours["tokens"].clone()
+    count = min(len(tokens), len(theirs["tokens"]))
+    tokens[:count] = theirs["tokens"][:count]
+    return theirs | {"tokens": tokens}
 
 
 def with_data(config: FinetuneConfig, **update: Any) -> FinetuneConfig:

@@ -61,9 +61,9 @@ class Trunk(NamedTuple):
 
     @property
     def norm(self) -> dict[str, Tensor]:
-        """State of the norm after the last block, whose ever; empty where tokens are read without one."""
-        read_by_mean = self.readout is not None and self.readout.kind == "mean"
-        return part_of(self.state["predictor"] or ({} if read_by_mean else self.state["readout"]), "norm")
+        """State of the norm that reads tokens; empty where a mean or class attention is normed."""
+        reads_tokens = self.readout is not None and self.readout.kind == "token"
+        return part_of(self.state["readout" if reads_tokens else "predictor"], "norm")
 
     def weights_for(self, backbone: Backbone, *, channels: int) -> dict[str, Tensor]:
         """The backbone's weights, adapted to another grid, other channels, and a relative bias per block."""

@@ -5,7 +5,7 @@ import logging
 import torch
 
 from mpm import build, distributed
-from mpm.config import PretrainConfig
+from mpm.config import PretrainConfig, PretrainData, Statistics
 from mpm.data.datasets import ImageSource
 from mpm.monitoring import Monitor
 from mpm.network import Trunk, read_trunk
@@ -46,10 +46,10 @@ def _pretrain(
 ) -> None:
     data, optim, cadence = config.data, config.optim, config.run
     trunk = read_trunk(config.init.checkpoint) if config.init is not None else None
-    if trunk is not None:
-        config = config.model_copy(update={"backbone": config.backbone.over(trunk.backbone)})
+    backbone = config.backbone if trunk is None else config.backbone.over(trunk.backbone)
+    config = config.model_copy(update={"backbone": backbone.in_full(classifier=False)})
     images = build.source(data, image_size=data.image_size, channels=data.channels, labelled=False)
-    mean, std = build.statistics(data.mean, data.std, images)
+    mean, std = build.statistics(*_moments(data, trunk), images)
     config = config.model_copy(update={"data": data.model_copy(update={"mean": mean, "std": std})})
     run = Run(config, "pretrain")
 
@@ -127,6 +127,20 @@ def _pretrain(
             log.info("stopped at step %d on request; the same command continues", step)
             break
     reporter.close()
+
+
+def _moments(data: PretrainData, trunk: Trunk | None) -> tuple[Statistics, Statistics]:
+    """Means and deviations as stated, else the checkpoint's, else ImageNet's."""
+    if data.mean is not None and data.std is not None:
+        return data.mean, data.std
+    if trunk is None:
+        return data.mean or "imagenet", data.std or "imagenet"
+    if trunk.channels != data.channels:
+        raise ValueError(
+            f"data.channels {data.channels} is not the checkpoint's {trunk.channels}; "
+            f"give data.mean and data.std too: measured, or a list of {data.channels}"
+        )
+    return data.mean or trunk.mean, data.std or trunk.std
 
 
 def _continue_from(trunk: Trunk, objective: MaskedPrediction, *, channels: int) -> None:

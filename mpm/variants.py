@@ -96,6 +96,9 @@ class Variant(NamedTuple):
         image_sizes: published, in pixels.
         readout: `kind` and options of the classifier's reader.
         networks: what it is published as: "classifier", "encoder", "pretraining".
+        initialization: how pretraining starts, see `mpm.backbones.initialization`.
+        classifier_initialization: how a classifier starts.
+        head_std: deviation of the classifier's first head.
     """
 
     architecture: Architecture
@@ -104,6 +107,9 @@ class Variant(NamedTuple):
     image_sizes: tuple[int, ...] = (224,)
     readout: Mapping[str, Any] = MappingProxyType({"kind": "token"})
     networks: tuple[str, ...] = ("classifier",)
+    initialization: str = "vit"
+    classifier_initialization: str = "vit"
+    head_std: float = 0.02
 
 
 _SIZES = {
@@ -185,7 +191,7 @@ def _three_things(size: str, depth: int, branches: int) -> Variant:
 
 def _masked() -> dict[str, Variant]:
     """Networks published for masked pretraining, in that form, and what fine-tuning makes of them."""
-    named = {}
+    named, both = {}, ("encoder", "pretraining")
     for family, paper in {"beit": "BEiT", "beitv2": "BEiT v2"}.items():
         for size, scale, image_sizes in (("b", 0.1, (224, 384)), ("l", 1e-5, (224, 384, 512))):
             trunk = _SIZES[size]._replace(
@@ -193,12 +199,14 @@ def _masked() -> dict[str, Variant]:
             )
             published = image_sizes if family == "beit" else (224,)
             networks = ("classifier", "pretraining") if family == "beit" else ("classifier",)
-            named[f"{family}_{size}"] = Variant(trunk, paper, "beit", published, _MEAN, networks)
+            start = ("beit", "beit_finetuning", 2e-5)
+            named[f"{family}_{size}"] = Variant(trunk, paper, "beit", published, _MEAN, networks, *start)
     for size in ("b", "l", "h"):
         trunk = _SIZES[size]._replace(positions=SINCOS)
-        named[f"mae_{size}"] = Variant(trunk, "MAE", "mae", (224,), _MEAN, ("encoder", "pretraining"))
-    trunk = named["beit_b"].architecture
-    named["simmim_b"] = Variant(trunk, "SimMIM", "simmim", (224,), _MEAN, ("encoder", "pretraining"))
+        named[f"mae_{size}"] = Variant(trunk, "MAE", "mae", (224,), _MEAN, both, "mae", "vit", 2e-5)
+    # SimMIM's ViT is BEiT's code; how its classifier's head starts is not in the sources above
+    trunk, starts = named["beit_b"].architecture, ("beit", "beit_finetuning")
+    named["simmim_b"] = Variant(trunk, "SimMIM", "simmim", (224,), _MEAN, both, *starts)
     return named
 
 

@@ -155,3 +155,16 @@ def test_no_number_is_left_unset(predictor: str, stem: str, initialization: str)
     for module in (objective, network):
         for name, tensor in module.state_dict().items():
             assert tensor.isfinite().all(), name
+
+
+def test_tokens_positions_and_vectors_do_not_decay() -> None:
+    """CaiT's class token is two-dimensional, and a token all the same."""
+    words = ["init=null", "data.image_size=32", "backbone={variant: cait_xxs24, depth: 1}"]
+    words += ["readout={kind: class_attention, queries: 2}"]
+    config = load(ROOT / "finetune" / "debug.yaml", words, FinetuneConfig).config
+    assert config.backbone is not None
+    network = build.classifier(config, config.backbone, image_size=(32, 32), channels=3, num_classes=4)
+    optimizer = build.optimizer(config.optim, build.supervised(config, network))
+    decayed = {name for group in optimizer.param_groups if group["weight_decay"] for name in group["names"]}
+    expected = {name for name, p in network.named_parameters() if p.ndim == 2 and "weight" in name}
+    assert {name.removeprefix("classifier.") for name in decayed} == expected

@@ -178,7 +178,7 @@ PRETRAIN_RULES = [
         {"objective__predictor": {"kind": "decoder", "dim": 6, "heads": 1}},
         "dim 6 is not a multiple of 4, which sincos positions need; use 4 or 8",
     ),
-    ({"data__channels": 1}, "mean imagenet is for 3 channels, not 1; use measured, or a list of 1"),
+    ({"data__channels": 1}, "data.mean is null, so ImageNet's, which is for 3 channels, not 1; use measured"),
     ({"data__mean": [0.5, 0.5]}, "mean has 2 numbers for 3 channels; give 3"),
     ({"data__std": [0.5, 0.5, 0.0]}, "std [0.5, 0.5, 0.0] must be greater than 0 everywhere"),
     ({"data__crop_scale": [0.2, 1.5]}, "crop_scale [0.2, 1.5] is a share of the image's area; use at most 1"),

@@ -209,6 +209,18 @@ def test_explain_names_what_is_the_checkpoints() -> None:
     assert re.search(r"data\.mean +- +checkpoint", explain(config, origins))
 
 
+def test_same_run_compares_what_a_variant_stands_for() -> None:
+    """A run goes on whether its configuration says null, as its file, or every value, as its checkpoint."""
+    config = load(ROOT / "debug.yaml", [], PretrainConfig).config
+    full = config.model_copy(update={"backbone": config.backbone.in_full(classifier=False)})
+    assert same_run(config.model_copy(update={"backbone": full.backbone}), full) == []
+    words = ["backbone.class_token=true", "backbone.qkv_bias=all", "backbone.drop_path=0.0"]
+    spelled_out = load(ROOT / "debug.yaml", words, PretrainConfig).config
+    assert same_run(config, spelled_out) == []
+    other = load(ROOT / "debug.yaml", ["backbone.drop_path=0.1"], PretrainConfig).config
+    assert same_run(config, other) == ["backbone.drop_path"]
+
+
 def test_same_run_ignores_the_run_section_alone() -> None:
     a = load(MAE, [], PretrainConfig).config
     b = load(MAE, ["run.workers=1", "run.output_dir=elsewhere"], PretrainConfig).config

@@ -8,7 +8,9 @@ from mpm.backbones.attention import TalkingHeads
 from mpm.backbones.blocks import Block, DropPath, LayerScale, ParallelBlock
 from mpm.backbones.classifier import Classifier
 from mpm.backbones.create import create_classifier, variants
+from mpm.config import Backbone
 from mpm.variants import variant
+from tests.networks import randomize
 
 # start value of LayerScale, drop path and its rule: by the papers' tables, which mpm.variants cites
 DEIT, NONE = (None, 0.1, "linear"), (None, 0.0, "linear")
@@ -46,6 +48,12 @@ def thin(name: str, **overrides) -> Classifier:
     )
 
 
+def tables(classifier: Classifier) -> list[torch.Tensor]:
+    """Learned positions and class-attention tokens."""
+    positions, tokens = classifier.backbone.positions, getattr(classifier.readout, "tokens", None)
+    return [table for table in (getattr(positions, "table", None), tokens) if table is not None]
+
+
 def start_of(name: str) -> tuple[float | None, float, str]:
     return STARTS[name] if name in STARTS else (None, THREE_THINGS[name.split("_")[1]], "constant")
 
@@ -72,15 +80,30 @@ def test_layer_scale_drop_path_and_distributions_after_construction(name: str) -
     assert len(scales) == (0 if scale is None else 2 * (branches + readers))
     assert all(part.gamma.eq(torch.tensor(scale)).all() for part in scales)
 
-    weights = [
-        part.weight.detach().flatten()
-        for module in (classifier.backbone.blocks, classifier.readout, classifier.heads)
-        for part in module.modules()
-        if isinstance(part, nn.Linear)
+    # BEiT's code divides what ends a branch of block l by sqrt(2 l), and its head by a thousand
+    is_rescaled = name.startswith(("beit", "simmim"))
+    drawn, heads = [], []
+    for place, part in classifier.named_modules():
+        if not isinstance(part, nn.Linear) or place.startswith("backbone.stem"):
+            continue
+        weight = part.weight.detach().flatten()
+        if place.startswith("heads"):
+            heads.append(weight)
+        elif is_rescaled and place.endswith(("attn.proj", "mlp.fc2")):
+            drawn.append(weight * (2 * (int(place.split(".")[2]) + 1)) ** 0.5)
+        else:
+            drawn.append(weight)
+    tokens = [
+        t.detach().flatten()
+        for t in (classifier.backbone.prefix_tokens, *tables(classifier))
+        if t is not None
     ]
-    drawn = torch.cat(weights)
-    assert drawn.std().item() == pytest.approx(0.02, rel=4 / (2 * drawn.numel()) ** 0.5)
-    assert drawn.mean().item() == pytest.approx(0, abs=4 * 0.02 / drawn.numel() ** 0.5)
+    head_std = 2e-5 if name.startswith(("beit", "mae")) else 0.02
+    for parts, std in ((drawn, 0.02), (heads, head_std), (tokens, 0.02)):
+        numbers = torch.cat(parts) if parts else torch.empty(0)
+        if len(numbers) > 100:
+            assert numbers.std().item() == pytest.approx(std, rel=4 / (2 * len(numbers)) ** 0.5)
+            assert numbers.mean().item() == pytest.approx(0, abs=4 * std / len(numbers) ** 0.5)
     for name_, parameter in classifier.named_parameters():
         if name_.endswith("bias") and "stem" not in name_:
             assert not parameter.any(), name_
@@ -101,10 +124,50 @@ def test_every_variant_classifies_and_learns(name: str) -> None:
     logits = classifier(images)
     assert logits.shape == (2, 2 if "distilled" in name else 1, 7)
     assert classifier.predict(images).shape == (2, 7)
-    nn.init.normal_(classifier.heads[0].weight)
+    randomize(classifier)  # from LayerScale's small start gradients are small, too
     classifier(images).square().sum().backward()
-    without = [n for n, p in classifier.named_parameters() if p.grad is None]
+    without = [n for n, p in classifier.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
+
+
+def test_beit_starts_as_timms_does() -> None:
+    """Deviations of each weight, at timm's names: another library's initialisation as the oracle."""
+    from timm.models.beit import Beit
+
+    ours = create_classifier("beit_b", dim=192, heads=3, depth=4, image_size=64)
+    theirs = Beit(
+        img_size=64,
+        embed_dim=192,
+        depth=4,
+        num_heads=3,
+        use_abs_pos_emb=False,
+        use_rel_pos_bias=True,
+        init_values=0.1,
+    )
+    for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        for block in range(4):
+            weights = (
+                module.get_submodule(f"blocks.{block}.{part}").weight for module in (ours.backbone, theirs)
+            )
+            mine, other = (weight.std().item() for weight in weights)
+            assert mine == pytest.approx(other, rel=0.02), (part, block)
+    assert ours.heads[0].weight.std().item() == pytest.approx(theirs.head.weight.std().item(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "start"), [("mae_b", "mae"), ("beit_l", "beit"), ("simmim_b", "beit"), ("cait_s24", "vit")]
+)
+def test_a_variant_brings_its_initialization(name: str, start: str) -> None:
+    assert Backbone(variant=name).in_full(classifier=False).initialization == start
+    assert Backbone(variant=name, initialization="vit").in_full(classifier=False).initialization == "vit"
+
+
+@pytest.mark.parametrize("name", variants())
+def test_in_full_an_architecture_needs_no_table(name: str) -> None:
+    full = Backbone(variant=name).in_full(classifier=False)
+    assert full.resolved() == Backbone(variant=name).resolved()
+    again = Backbone.model_validate(full.model_dump(mode="json") | {"variant": None})
+    assert again.resolved() == full.resolved()
 
 
 def test_cait_has_talking_heads_in_its_trunk_and_one_or_two_queries() -> None:
@@ -147,7 +210,7 @@ def test_an_override_replaces_the_variants_value() -> None:
         ({"name": "vit_b", "readout": {"kind": "cls"}}, "readout.kind cls is unknown; use token"),
         (
             {"name": "cait_s24", "readout": {"kind": "token"}},
-            "reads the class token, but class_token is false",
+            "reads the class token, but class_token is false; use class_attention",
         ),
     ],
 )

@@ -39,7 +39,7 @@ def create_classifier(
     image_size: int | tuple[int, int] = 224,
     channels: int = 3,
     readout: Mapping[str, Any] | None = None,
-    initialization: Initialization = "vit",
+    initialization: Initialization | None = None,
     **overrides: Any,
 ) -> Classifier:
     """A published classifier with fresh weights.
@@ -52,7 +52,7 @@ def create_classifier(
         image_size: side, or height and width, in pixels; positions are of this size.
         channels: of the images.
         readout: kind and options, see `create_readout`; None: the published one.
-        initialization: scheme, see `initialize`; as published, "vit" for classifiers.
+        initialization: scheme, see `initialize`; None: the published one.
         overrides: attributes of `mpm.variants.Architecture`, such as `drop_path=0`.
 
     Raises:
@@ -65,8 +65,8 @@ def create_classifier(
     reader = create_readout(trunk, **(published.readout if readout is None else readout))
     sides = (image_size, image_size) if isinstance(image_size, int) else image_size
     backbone = create_backbone(trunk, image_size=sides, channels=channels)
-    built = Classifier(backbone, reader, num_classes=num_classes)
-    initialize(built, initialization)
+    built = Classifier(backbone, reader, num_classes=num_classes, head_std=published.head_std)
+    initialize(built, initialization or published.classifier_initialization)  # type: ignore[arg-type]
     built.reset_heads()
     return built
 
@@ -176,7 +176,8 @@ def create_readout(
         case "token":
             if not architecture.class_token:
                 raise ValueError(
-                    "readout.kind token reads the class token, but class_token is false; use mean"
+                    "readout.kind token reads the class token, but class_token is false; "
+                    "use class_attention or mean"
                 )
             return TokenReadout(architecture.dim, num_vectors=1 + architecture.distillation_token)
         case "mean":

@@ -10,7 +10,7 @@ from mpm.patchify.stems import ConvStem, HierarchicalMLPStem, LinearStem
 
 __all__ = ["Initialization", "initialize"]
 
-Initialization = Literal["vit", "mae", "beit"]
+Initialization = Literal["vit", "mae", "beit", "beit_finetuning"]
 
 
 def initialize(module: nn.Module, scheme: Initialization) -> None:
@@ -25,6 +25,8 @@ def initialize(module: nn.Module, scheme: Initialization) -> None:
     | tokens, learned positions | normal .02 | normal .02 | normal .02 cut at ±.02 |
     | attn.proj and mlp.fc2 of block l = 1.., in all its branches | - | - | divided by sqrt(2 l) |
     | norms 1 and 0, LayerScale its value, relative bias 0 | | | |
+
+    `beit_finetuning` (BEiT's classifiers) is vit with beit's division by depth.
 
     Sources: deit/models.py and timm; arXiv:2111.06377 App. A; arXiv:2106.08254 with the released code's
     initialisation. "normal .02" is cut at ±2, a hundred deviations, as in timm.
@@ -44,7 +46,7 @@ def initialize(module: nn.Module, scheme: Initialization) -> None:
         for name, parameter in part.named_parameters(recurse=False):
             if name.endswith(("tokens", "token")) or name == "table":  # of learned positions
                 nn.init.trunc_normal_(parameter, std=0.02, a=-bound, b=bound)
-    if scheme == "beit":
+    if scheme in ("beit", "beit_finetuning"):
         blocks = [block for block in module.modules() if isinstance(block, Block | ParallelBlock)]
         for depth, block in enumerate(blocks, start=1):
             for part in block.modules():
@@ -61,6 +63,6 @@ def _stem_layers(module: nn.Module, scheme: Initialization) -> set[nn.Module]:
             kinds: tuple[type, ...] = ()
         case "mae":
             kinds = (HierarchicalMLPStem, ConvStem)
-        case "vit":
+        case "vit" | "beit_finetuning":
             kinds = (LinearStem, HierarchicalMLPStem, ConvStem)
     return {layer for stem in module.modules() if isinstance(stem, kinds) for layer in stem.modules()}

@@ -43,8 +43,8 @@ def evaluate(
             config.data.test, image_size=network.image_size, channels=network.channels, labelled=True
         )
         classes = images.classes or ()
-        # others name their classes as they like; by number, then, but not where only the order differs
-        is_foreign = isinstance(config, ImportedConfig) and set(classes) != set(network.classes)
+        # others name their classes as they like; by number, then, but not where some names are the same
+        is_foreign = isinstance(config, ImportedConfig) and not set(classes) & set(network.classes)
         by_number = is_foreign and len(classes) == len(network.classes)
         if classes != network.classes and not by_number:
             raise ValueError(_difference(classes, network.classes))

@@ -45,6 +45,7 @@ def reconstruct(
     assert isinstance(config, PretrainConfig)
     place = distributed.start(device)
     data = config.data
+    assert data.mean is not None and data.std is not None
     normalize = Normalize(*build.statistics(data.mean, data.std)).to(place)
     target = build.target(config, normalize)
     objective = build.objective(config, target.out_dim).to(place).eval()

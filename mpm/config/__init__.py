@@ -140,7 +140,15 @@ class PretrainConfig(Section):
         check_patches(self.data.image_size, self.backbone.resolved().patch_size)
         self.mask.masked(self.grid)
         check_micro_batch(self.run.micro_batch, self.optim.batch_size)
+        if self.init is None:
+            check_statistics_are_stated(self.data)
         return self
+
+    @property
+    def inherited(self) -> frozenset[str]:
+        """Dotted keys whose value is the checkpoint's."""
+        unstated = {f"data.{key}" for key in ("mean", "std") if getattr(self.data, key) is None}
+        return frozenset(unstated if self.init is not None else ())
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -203,7 +211,8 @@ class FinetuneConfig(Section):
             is_known = not backbone.missing
             if self.readout.kind == "token" and is_known and not backbone.resolved().class_token:
                 raise ValueError(
-                    "readout.kind token reads the class token, but backbone.class_token is false; use mean"
+                    "readout.kind token reads the class token, but backbone.class_token is false; "
+                    "use class_attention or mean"
                 )
         if self.loss == "binary_cross_entropy" and self.label_smoothing:
             raise ValueError(
@@ -222,12 +231,7 @@ class FinetuneConfig(Section):
         if self.data.image_size is None:
             raise ValueError("data.image_size is null; give it, or init.checkpoint to take the checkpoint's")
         self.backbone.resolved()
-        for key in ("mean", "std"):
-            if getattr(self.data, key) is None and self.data.channels not in (None, 3):
-                raise ValueError(
-                    f"data.{key} is null, so ImageNet's, which is for 3 channels, not {self.data.channels}; "
-                    f"use measured, or a list of {self.data.channels}"
-                )
+        check_statistics_are_stated(self.data)
 
     @property
     def inherited(self) -> frozenset[str]:
@@ -252,6 +256,20 @@ def check_patches(image_size: tuple[int, int], patch_size: tuple[int, int]) -> N
     for side, size, patch in zip(("height", "width"), image_size, patch_size, strict=True):
         of = "" if square else f" ({side})"
         check_multiple(f"image_size{of}", size, patch, of=f"patch_size{of} {patch}")
+
+
+def check_statistics_are_stated(data: PretrainData | FinetuneData) -> None:
+    """Refuse ImageNet's moments, which stand where none are stated, for other than three channels.
+
+    Raises:
+        ValueError: naming what to state.
+    """
+    for key in ("mean", "std"):
+        if getattr(data, key) is None and data.channels not in (None, 3):
+            raise ValueError(
+                f"data.{key} is null, so ImageNet's, which is for 3 channels, not {data.channels}; "
+                f"use measured, or a list of {data.channels}"
+            )
 
 
 def check_micro_batch(micro_batch: int | None, batch_size: int) -> None:

@@ -116,9 +116,9 @@ class PretrainView(Section):
     """Side, or height and width, of a view in pixels."""
     channels: Count = 3
     """Of the images given to the network; grey and colour are converted into each other, nothing else is."""
-    mean: Statistics = "imagenet"
-    """Channel means in [0, 1]: by name, as a list, or measured from the data."""
-    std: Statistics = "imagenet"
+    mean: Statistics | None = None
+    """Channel means in [0, 1]: by name, as a list, or measured; null: init's, from scratch ImageNet's."""
+    std: Statistics | None = None
     """Channel standard deviations, likewise."""
     crop_scale: Range = (0.2, 1.0)
     """Area of the random crop as a share of the image, smallest and largest (MAE; BEiT: [0.08, 1])."""

@@ -110,8 +110,8 @@ class Backbone(Section):
     """Probability of skipping a residual branch; 0 without a variant."""
     drop_path_rule: Literal["linear", "constant"] | None = None
     """Linear: from 0 at the first block to drop_path at the last. Linear without a variant."""
-    initialization: Literal["vit", "mae", "beit"] = "vit"
-    """How parameters start."""
+    initialization: Literal["vit", "mae", "beit", "beit_finetuning"] | None = None
+    """How parameters start; vit without a variant."""
 
     @model_validator(mode="after")
     def _check(self) -> "Backbone":
@@ -153,7 +153,7 @@ class Backbone(Section):
         theirs = other.resolved()._asdict() | {"initialization": other.initialization}
         named = architecture(self.variant)._asdict() if self.variant is not None else {}
         ours = {key: named[key] for key in SIZES if key in named} | self._stated()
-        if "initialization" in self.model_fields_set:
+        if self.initialization is not None:
             ours["initialization"] = self.initialization
         free: dict[str, Any] = {key: ours.pop(key) for key in ("drop_path", "drop_path_rule") if key in ours}
         for key, value in sorted(ours.items()):
@@ -166,6 +166,22 @@ class Backbone(Section):
                     "leave it out, or choose another init.checkpoint"
                 )
         return other.model_copy(update=free)
+
+    def in_full(self, *, classifier: bool) -> "Backbone":
+        """The same with every value stated: a checkpoint stays what it is where a variant's table changes.
+
+        Args:
+            classifier: whether it starts as a classifier does, not as pretraining.
+        """
+        keys = self.resolved()._asdict()
+        if keys["layer_scale"] is None:
+            keys["layer_scale"] = "none"
+        keys |= {"stem": self.stem, "positions": Positions(**keys["positions"])}
+        published = variant(self.variant) if self.variant is not None else None
+        start: str = "vit"
+        if published is not None:
+            start = published.classifier_initialization if classifier else published.initialization
+        return self.model_copy(update=keys | {"initialization": self.initialization or start})
 
     def _stated(self) -> dict[str, Any]:
         """What is stated here of an `Architecture`."""

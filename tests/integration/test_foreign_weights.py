@@ -133,6 +133,42 @@ def test_cait_is_fine_tuned_at_a_higher_resolution_with_its_class_attention(tmp_
     torch.testing.assert_close(larger.classifier.heads.state_dict(), ours.state["heads"])
 
 
+def cait_file(folder: Path) -> Path:
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 96, "depth": 2, "num_heads": 2}
+    model = randomize(Cait(**sizes, num_classes=CLASSES))
+    return save(model, folder / "cait.pth")
+
+
+def test_a_second_query_joins_published_class_attention(tmp_path: Path) -> None:
+    """The distillation token and its head start afresh; all else is the file's."""
+    file = cait_file(tmp_path)
+    words = [f"init.checkpoint={file}", "data.image_size=null"]
+    network = start_of(tmp_path / "run", *words, "readout={kind: class_attention, queries: 2}")
+    theirs = read_trunk(file)
+    assert network.classifier is not None
+    ours = network.classifier.readout.state_dict()
+    torch.testing.assert_close(ours.pop("tokens")[:1], theirs.state["readout"].pop("tokens"))
+    torch.testing.assert_close(ours, theirs.state["readout"])
+    heads = network.classifier.heads
+    torch.testing.assert_close(heads[0].weight, theirs.state["heads"]["0.weight"])
+    assert heads[1].weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_pretraining_does_not_take_the_norm_of_class_attention(tmp_path: Path) -> None:
+    words = [
+        "backbone={patch_size: 4, dim: 96, depth: 2, heads: 2, attention: talking_heads, class_token: false}"
+    ]
+    words += ["init.checkpoint=" + str(cait_file(tmp_path)), "backbone.layer_scale=null"]
+    model = started_from(tmp_path / "run", *words)
+    assert model["predictor.norm.weight"].eq(1).all()
+
+
+def test_pretraining_continues_with_the_files_mean_and_deviation(tmp_path: Path) -> None:
+    places((vit(), save(vit(), tmp_path / "vit.pth")), tmp_path)  # timm's folder says mean 0.4, deviation 0.3
+    started_from(tmp_path / "run", f"init.checkpoint=timm:local-dir:{tmp_path / 'timm'}", SAME_TRUNK)
+    assert checkpoint.load(tmp_path / "run").config["data"]["mean"] == [0.4] * 3
+
+
 def mae_file(folder: Path) -> tuple[dict[str, Tensor], Path]:
     """An MAE file with its decoder, by the official names."""
     encoder = {
