@@ -202,18 +202,13 @@ class RelativePositionBias(nn.Module):
         self.num_prefix = num_prefix
         offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
         self.bias_table = nn.Parameter(torch.empty(offsets + 3 * bool(num_prefix), num_heads))
-        self.register_buffer(
-            "index", torch.empty(grid[0] * grid[1], grid[0] * grid[1], dtype=torch.int64), persistent=False
-        )
+        # no weight, so no state dict brings it: it must be there from the start
+        self.register_buffer("index", _offset_index(grid), persistent=False)
 
     def reset_parameters(self) -> None:
-        """Bias zero; the index of each pair of patches."""
+        """Bias zero; the index once more, as memory that came from the meta device holds anything."""
         nn.init.zeros_(self.bias_table)
-        rows, columns = self.grid
-        row = torch.arange(rows).repeat_interleave(columns)
-        column = torch.arange(columns).repeat(rows)
-        index = (row[:, None] - row + rows - 1) * (2 * columns - 1) + (column[:, None] - column + columns - 1)
-        self.index.copy_(index)
+        self.index.copy_(_offset_index(self.grid))
 
     def forward(self, at: Tensor | None = None) -> Tensor:
         """The bias of the patches at grid index `at` [B,T] (None: all N in order): [1 or B,h,R+T,R+T]."""
@@ -224,3 +219,11 @@ class RelativePositionBias(nn.Module):
             index = F.pad(index, (0, 0, R, 0), value=rows - 3)  # prefix to patch
             index[:, :R, :R] = rows - 1
         return self.bias_table[index].permute(0, 3, 1, 2)
+
+
+def _offset_index(grid: tuple[int, int]) -> Tensor:
+    """The row of the table for each pair of patches, int64 [N,N]."""
+    rows, columns = grid
+    row = torch.arange(rows).repeat_interleave(columns)
+    column = torch.arange(columns).repeat(rows)
+    return (row[:, None] - row + rows - 1) * (2 * columns - 1) + (column[:, None] - column + columns - 1)
