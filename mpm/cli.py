@@ -156,7 +156,13 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _reconstruct(options: argparse.Namespace) -> None:
-    if configfile.model_of(options.checkpoint / "config.yaml") is not PretrainConfig:
+    model = configfile.model_of(options.checkpoint / "config.yaml")
+    if model is ImportedConfig:
+        raise ValueError(
+            f"{options.checkpoint} is imported, and weights do not tell what was hidden and what predicted; "
+            f"mpm pretrain --config FILE init.checkpoint={options.checkpoint} makes a run that knows"
+        )
+    if model is not PretrainConfig:
         raise ValueError(
             f"{options.checkpoint} is no run of pretraining, so what predicted hidden patches is gone; "
             "give the pretraining run that it started from"
@@ -209,12 +215,12 @@ def _stats(options: argparse.Namespace) -> None:
 
 
 def _models(options: argparse.Namespace) -> None:
-    pattern, words = options.pattern, options.words
-    if "=" in pattern:  # the pattern was left out
-        pattern, words = "*", [pattern, *words]
+    patterns = [word for word in options.words if "=" not in word]
+    values = [word for word in options.words if "=" in word]
     from mpm.commands.models import rows, table
 
-    print(table(list(rows(pattern, words)), as_json=options.json))
+    listed = [row for pattern in patterns or ["*"] for row in rows(pattern, values)]
+    print(table(listed, as_json=options.json))
 
 
 def _import(options: argparse.Namespace) -> None:

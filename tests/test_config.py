@@ -295,7 +295,7 @@ def test_backbone_over_a_checkpoints_takes_only_its_drop_path() -> None:
     assert sizes.over(checkpoint) == checkpoint
     with pytest.raises(ValueError, match=r"backbone\.stem .*is not the checkpoint's.*; leave it out"):
         Backbone(stem=ConvStem()).over(checkpoint)
-    with pytest.raises(ValueError, match=r"backbone\.depth 24 is not the checkpoint's, 12"):
+    with pytest.raises(ValueError, match=r"backbone\.variant vit_l has depth 24, the checkpoint 12"):
         Backbone(variant="vit_l", dim=768, heads=12).over(checkpoint)
 
 

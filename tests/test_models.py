@@ -119,10 +119,16 @@ def test_gmacs_of_pretraining_are_the_published_networks() -> None:
 def test_table_is_aligned_and_json_is_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     listed = list(rows("deit_ti*"))
     lines = table(listed).splitlines()
-    assert lines[0].split() == ["name", "network", "px", "parameters", "GMACs", "paper"]
-    assert "deit_ti_distilled  classifier  224   5,910,800   1.26  DeiT" in lines
+    assert lines[0].split() == ["name", "network", "px", "patch", "parameters", "GMACs", "paper"]
+    assert "deit_ti_distilled  classifier  224     16   5,910,800   1.26  DeiT" in lines
     assert cli.main(["models", "deit_ti*", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [row._asdict() for row in listed]
+
+
+def test_patterns_and_parts_of_names_are_found(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models", "deit_ti", "mae_b", "distilled"]) == 0
+    names = {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert names == {"deit_ti", "mae_b", "deit_ti_distilled", "deit_s_distilled", "deit_b_distilled"}
 
 
 def test_words_alone_change_all_of_a_pattern(capsys: pytest.CaptureFixture[str]) -> None:

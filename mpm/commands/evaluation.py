@@ -1,6 +1,7 @@
 """`mpm evaluate`: what a fine-tuned network gets right on labelled images."""
 
 import json
+import logging
 from pathlib import Path
 
 from mpm import build
@@ -13,6 +14,8 @@ from mpm.network import load
 from mpm.run import started, write_picture
 
 __all__ = ["evaluate"]
+
+log = logging.getLogger(__name__)
 
 _BATCH = 256
 
@@ -55,10 +58,17 @@ def evaluate(
         scores = accuracy_of(network.predict, loader, num_classes=len(classes), device=device)
         if picture is not None:
             write_picture(picture, confusion_picture(scores.confusion, classes))
+    if by_number:
+        log.info("classes are matched by number: the folders in the order of their names")
     return _json(scores, classes) if as_json else _text(scores, classes)
 
 
 def _difference(found: tuple[str, ...], known: tuple[str, ...]) -> str:
+    if known == tuple(map(str, range(len(known)))):
+        return (
+            f"data.test has {len(found)} classes, the network {len(known)} without names; "
+            f"give {len(known)} folders, whose names are in the order of the classes"
+        )
     sides = {"unknown to the network": set(found) - set(known), "without images": set(known) - set(found)}
     listed = [f"{', '.join(sorted(names)[:3])} {side}" for side, names in sides.items() if names]
     return (

@@ -40,7 +40,8 @@ def import_weights(
         "family": f"{config.family}, {kind}",
         "network": f"{trunk.depth} blocks"
         + (f" of {trunk.branches} branches" if trunk.branches > 1 else "")
-        + f", width {trunk.dim}, {trunk.heads} heads, patch {trunk.patch_size[0]}x{trunk.patch_size[1]}",
+        + f", width {trunk.dim}, {trunk.heads} heads, patch {trunk.patch_size[0]}x{trunk.patch_size[1]}"
+        + (", distillation token" if trunk.distillation_token else ""),
         "images": f"{height}x{width}, {data.channels} channels, "
         f"mean {_numbers(data.mean)}, std {_numbers(data.std)}",
         **_told(official.report),
@@ -56,11 +57,9 @@ def import_weights(
 def _told(report: Report) -> dict[str, str]:
     told = {"loaded": f"{len(report.loaded)} tensors"}
     told |= {
-        name: ", ".join(keys)
-        for name in ("resized", "dropped", "missing", "notes")
-        if (keys := getattr(report, name))
+        name: ", ".join(keys) for name in ("resized", "dropped", "missing") if (keys := getattr(report, name))
     }
-    return told
+    return told | {f"note {number}": note for number, note in enumerate(report.notes, start=1)}
 
 
 def _numbers(values: tuple[float, ...]) -> str:

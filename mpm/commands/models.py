@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from mpm.config import Backbone as BackboneConfig
 from mpm.interop.official import to_official
 from mpm.objectives.masked import MaskedPrediction
 from mpm.objectives.predictors import DecoderPredictor, LinearPredictor, Predictor
-from mpm.variants import Architecture, Variant, variant
+from mpm.variants import BLOCKS_PATTERN, Architecture, Variant, variant
 
 __all__ = ["Row", "rows", "table"]
 
@@ -32,6 +33,7 @@ class Row(NamedTuple):
         name: of the variant.
         network: "classifier" of 1000 classes, "encoder", or "pretraining" with predictor and mask token.
         image_size: side in pixels.
+        patch_size: likewise.
         parameters: as the official weights hold them.
         gmacs: billions of multiply-accumulates of one image's forward pass; masked where it pretrains.
         paper: where it comes from.
@@ -42,6 +44,7 @@ class Row(NamedTuple):
     name: str
     network: str
     image_size: int
+    patch_size: int
     parameters: int
     gmacs: float
     paper: str
@@ -52,13 +55,16 @@ def rows(pattern: str = "*", words: Sequence[str] = ()) -> Iterator[Row]:
     """The networks whose name matches.
 
     Args:
-        pattern: of a shell, as `cait_*`; or the name of any N x P, as `vit_b_6x6`.
+        pattern: of a shell, as `cait_*`; a part of names, as `deit`; or any N x P, as `vit_b_6x6`.
         words: `key=value` of a `backbone` section, as `stem.kind=hmlp`.
 
     Raises:
         ValueError: if there is none, or a word does not fit.
     """
-    for name in variants(pattern) or (pattern,):
+    found = variants(pattern)
+    if not found and not re.match(BLOCKS_PATTERN, pattern):
+        found = variants(f"*{pattern}*")
+    for name in found or (pattern,):
         published = variant(name)
         for network in published.networks:
             for side in published.image_sizes if network == "classifier" else published.image_sizes[:1]:
@@ -69,13 +75,21 @@ def table(rows: Sequence[Row], *, as_json: bool = False) -> str:
     """Aligned text, or JSON."""
     if as_json:
         return json.dumps([row._asdict() for row in rows], indent=1)
-    header = ("name", "network", "px", "parameters", "GMACs", "paper")
+    header = ("name", "network", "px", "patch", "parameters", "GMACs", "paper")
     cells = [
-        (row.name, row.network, str(row.image_size), f"{row.parameters:,}", f"{row.gmacs:.2f}", row.paper)
+        (
+            row.name,
+            row.network,
+            str(row.image_size),
+            str(row.patch_size),
+            f"{row.parameters:,}",
+            f"{row.gmacs:.2f}",
+            row.paper,
+        )
         for row in rows
     ]
     widths = [max(len(line[column]) for line in (header, *cells)) for column in range(len(header))]
-    right = {2, 3, 4}
+    right = {2, 3, 4, 5}
     return "\n".join(
         "  ".join(
             cell.rjust(width) if column in right else cell.ljust(width)
@@ -118,7 +132,7 @@ def _row(name: str, published: Variant, network: str, side: int, words: Sequence
                 predictor, facts["predictor"], macs = _pretraining(published, trunk, backbone)
                 state = MaskedPrediction(backbone, predictor, loss=torch.sub).state_dict()
         layout, parameters = _parameters(state, facts)
-    return Row(name, network, side, parameters, macs / 1e9, published.paper, layout)
+    return Row(name, network, side, trunk.patch_size[0], parameters, macs / 1e9, published.paper, layout)
 
 
 def _as_predictor(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -177,10 +177,11 @@ def _add_models(commands: Any) -> None:
         "billions of multiply-accumulates of one image's forward pass. vit_b_6x6 is any N x P.",
         example="mpm models 'vit_b_*' stem.kind=hmlp layer_scale=1e-4",
     )
-    command.add_argument(
-        "pattern", nargs="?", default="*", metavar="PATTERN", help="of names, as 'cait_*' (default: all)"
+    text = (
+        "names, parts of them or patterns, as 'cait_*' (default: all); "
+        "key=value replaces a value of the architecture, as layer_scale=1e-4"
     )
-    _add_overrides(command, "replaces a value of the architecture, as layer_scale=1e-4 or stem.kind=hmlp")
+    command.add_argument("words", nargs="*", metavar="PATTERN or key=value", help=text)
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -195,7 +196,11 @@ def _add_import(commands: Any) -> None:
         "file is ever executed.",
         example="mpm import deit_small_patch16_224-cd65a155.pth -o weights/deit_s",
     )
-    command.add_argument("source", metavar="SOURCE", help="file, folder, or timm:NAME")
+    command.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="file, folder, timm:NAME, timm:hf-hub:OWNER/NAME or timm:local-dir:FOLDER",
+    )
     command.add_argument(
         "-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write; new or empty"
     )
@@ -220,7 +225,7 @@ def _add_export(commands: Any) -> None:
         "how to load it, and how far its outputs are from this network's, measured at export.",
         example="mpm export runs/flowers --to onnx -o flowers.onnx",
     )
-    _add_checkpoint(command, "of pretraining, fine-tuning or mpm import")
+    _add_checkpoint(command, "of pretraining or fine-tuning")
     formats = ("timm", "safetensors", "onnx", "torch-export", "transformers")
     command.add_argument("--to", required=True, choices=formats, help="what will read it")
     text = "timm, transformers: a folder, new or empty; else a file, .safetensors, .onnx or .pt2"
@@ -259,7 +264,7 @@ def _add_overrides(
 
 
 def _add_checkpoint(command: argparse.ArgumentParser, kind: str) -> None:
-    text = f"{kind}: a run's folder (its best, else its newest) or a checkpoints/step_* in it"
+    text = f"{kind}: a run's folder (its best, else its newest), a step_* in it, or a folder of mpm import"
     command.add_argument("checkpoint", type=_checkpoint, metavar="CHECKPOINT", help=text)
 
 

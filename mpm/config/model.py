@@ -142,7 +142,7 @@ class Backbone(Section):
         return architecture(self.variant, **self._stated() | {"stem": self.stem.model_dump()})
 
     def over(self, other: "Backbone") -> "Backbone":
-        """`other`, with the drop path stated here.
+        """`other`, with the drop path and initialization stated here.
 
         Args:
             other: a checkpoint's backbone.
@@ -150,16 +150,21 @@ class Backbone(Section):
         Raises:
             ValueError: if another key is stated here and differs from `other`; of a variant, its sizes count.
         """
-        theirs = other.resolved()._asdict() | {"initialization": other.initialization}
+        theirs = other.resolved()._asdict()
         named = architecture(self.variant)._asdict() if self.variant is not None else {}
         ours = {key: named[key] for key in SIZES if key in named} | self._stated()
-        if self.initialization is not None:
-            ours["initialization"] = self.initialization
         free: dict[str, Any] = {key: ours.pop(key) for key in ("drop_path", "drop_path_rule") if key in ours}
+        if self.initialization is not None:  # of what starts afresh
+            free["initialization"] = self.initialization
         for key, value in sorted(ours.items()):
             their = theirs[key]
             if key == "positions":
                 their = {name: their[name] for name in value}
+            if value != their and key in named and key not in self._stated():
+                raise ValueError(
+                    f"backbone.variant {self.variant} has {key} {value}, the checkpoint {their}; "
+                    "name the checkpoint's own variant or sizes, or choose another init.checkpoint"
+                )
             if value != their:
                 raise ValueError(
                     f"backbone.{key} {value} is not the checkpoint's, {their}; "
