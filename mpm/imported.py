@@ -42,7 +42,12 @@ def fetch(
         raise FileNotFoundError(
             f"no checkpoint {path}; give a run's folder, a file of weights, or {TIMM}NAME"
         )
-    return load_official(path, heads=heads, decoder_heads=decoder_heads, image_size=image_size)
+    try:
+        return load_official(path, heads=heads, decoder_heads=decoder_heads, image_size=image_size)
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
 
 
 def imported_config(official: Official, *, source: str | Path, folder: str | Path = ".") -> ImportedConfig:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from mpm.interop.facts import known_interpolation
+
 __all__ = ["FAMILIES", "Family", "decoder_heads_of", "heads_of", "layer_scale_of", "preprocessing_of"]
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -39,6 +41,15 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "timm": Family(INCEPTION, crop=0.9),
     }
 )
+_TIMM = "; timm's own ViTs have the same keys, and mean and std 0.5"
+_OTHERS = {  # whom the keys do not tell from a family
+    "deit": _TIMM,
+    "deit3": _TIMM,
+    "three_things": _TIMM,
+    "mae": _TIMM,
+    "beit": "; fine-tuned files of BEiT v2 and SimMIM have the same keys, and ImageNet's mean and std",
+}
+_PREPROCESSING = {"mean": "mean", "std": "std", "crop_pct": "crop", "interpolation": "interpolation"}
 _HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16}
 _DECODER_HEADS = {512: 16}
 
@@ -64,7 +75,8 @@ def decoder_heads_of(dim: int) -> int:
 def _told(known: Mapping[int, int], dim: int, argument: str) -> int:
     if dim not in known:
         raise ValueError(
-            f"into how many attention heads the width {dim} is cut, no key tells; give {argument}="
+            f"into how many attention heads the width {dim} is cut, no key tells; give {argument}, "
+            f"as mpm import --{argument.replace('_', '-')} N does"
         )
     return known[dim]
 
@@ -93,35 +105,28 @@ def preprocessing_of(
         facts: what stands beside the weights: of timm's config.json, `pretrained_cfg` counts.
         is_beit2: whether it is known to be BEiT v2.
     """
-    own = FAMILIES[family]
-    notes: tuple[str, ...] = ()
-    statistics = own.statistics
-    args = facts.get("args", {})
-    if family == "beit" and (is_beit2 or args.get("imagenet_default_mean_and_std")):
+    own, args = FAMILIES[family], facts.get("args", {})
+    stated = facts.get("pretrained_cfg") or {}
+    statistics, known = own.statistics, set(stated)
+    if family == "beit" and is_beit2:
         statistics = IMAGENET
-    elif family == "beit" and "imagenet_default_mean_and_std" not in args:
-        notes = (
-            "mean and std are BEiT's; fine-tuned files of BEiT v2 and SimMIM look the same, with ImageNet's",
-        )
-    elif family == "timm":
-        notes = ("mean, std and crop are those that most of timm's vision transformers have",)
-    found = {
-        **statistics,
-        "crop": 1.0 if min(image_size) >= own.whole_from else own.crop,
-        "interpolation": "bicubic",
+    elif family == "beit" and "imagenet_default_mean_and_std" in args:
+        statistics = IMAGENET if args["imagenet_default_mean_and_std"] else INCEPTION
+        known |= {"mean", "std"}
+    crop = 1.0 if min(image_size) >= own.whole_from else own.crop
+    interpolation, notes = known_interpolation(stated.get("interpolation", "bicubic"))
+    found: dict[str, Any] = {
+        "mean": tuple(stated.get("mean", statistics["mean"])),
+        "std": tuple(stated.get("std", statistics["std"])),
+        "crop": float(stated.get("crop_pct", crop)),
+        "interpolation": interpolation,
     }
-    if stated := facts.get("pretrained_cfg"):
-        notes = ()
-        found |= {
-            "mean": tuple(stated.get("mean", found["mean"])),
-            "std": tuple(stated.get("std", found["std"])),
-            "crop": float(stated.get("crop_pct", found["crop"])),
-            "interpolation": stated.get("interpolation", found["interpolation"]),
-        }
+    if assumed := [word for key, word in _PREPROCESSING.items() if key not in known]:
+        others = _OTHERS.get(family, "") if "mean" in assumed and not is_beit2 else ""
+        whose = "BEiT v2's" if is_beit2 else f"those of the published {family} networks"
+        notes += (f"{', '.join(assumed)} are not told: they are {whose}{others}",)
     if channels != len(found["mean"]):
         average = {key: (sum(found[key]) / len(found[key]),) * channels for key in ("mean", "std")}
-        found, notes = (
-            found | average,
-            (*notes, f"mean and std of {channels} channels are averages of the 3 published"),
-        )
+        found |= average
+        notes += (f"mean and std of {channels} channels are averages of the 3 published",)
     return found, notes

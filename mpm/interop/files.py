@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["Weights", "read_weights", "some", "unwrap"]
+__all__ = ["Weights", "read_json", "read_weights", "some", "unwrap"]
 
 # where training scripts keep the weights; the first that is there counts
 _WRAPPERS = (
@@ -28,13 +28,17 @@ _WRAPPERS = (
     "model_ema",
     "state_dict_ema",
 )
+_DEEPEST = 8  # of wrappers in wrappers; more is a dict that holds itself
 _PREFIX = re.compile(r"(module\.|_orig_mod\.)*")  # of DataParallel and torch.compile
 _FOLDER = ("model.safetensors", "pytorch_model.bin")
 # values that stand beside weights, of classes whose code is not needed to pass them over
 _UNREAD = (
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
     "numpy.dtype",
+    "numpy.ndarray",
     *(f"pathlib.{kind}Path" for kind in ("Posix", "Windows")),
     *(f"pathlib._local.{kind}Path" for kind in ("Posix", "Windows")),
 )
@@ -120,13 +124,17 @@ def unwrap(content: Mapping[str, Any], *, name: str = "the state dict") -> Weigh
     """
     facts: dict[str, Any] = {}
     state: Any = content
-    while isinstance(state, Mapping):
+    for _ in range(_DEEPEST):
+        if not isinstance(state, Mapping):
+            break
         args = state.get("args")
         facts |= {"args": vars(args)} if isinstance(args, argparse.Namespace) else {}
         inner = next((key for key in _WRAPPERS if isinstance(state.get(key), Mapping)), None)
         if inner is None:
             break
         state = state[inner]
+    else:
+        raise ValueError(f"{name} has dicts in dicts, {_DEEPEST} deep; give the state dict that they hold")
     tensors = {
         _PREFIX.sub("", key, count=1): tensor.detach()
         for key, tensor in (state.items() if isinstance(state, Mapping) else ())
@@ -144,7 +152,7 @@ def _read_folder(folder: Path) -> Weights:
             return _with_config(folder, _read_file(folder / name))
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
             if lost := [shard for shard in shards if not (folder / Path(shard).name).is_file()]:
                 raise ValueError(f"{folder} lacks {some(lost)} of its {len(shards)} files; download it again")
             parts = [_read_file(folder / Path(shard).name) for shard in shards]
@@ -156,13 +164,18 @@ def _read_folder(folder: Path) -> Weights:
 def _with_config(folder: Path, weights: Weights) -> Weights:
     """Facts that the Hugging Face hub keeps beside weights."""
     config, preprocessor = folder / "config.json", folder / "preprocessor_config.json"
-    facts = _read_json(config) if config.is_file() else {}
+    facts = read_json(config) if config.is_file() else {}
     if preprocessor.is_file():
-        facts["preprocessor_config"] = _read_json(preprocessor)
+        facts["preprocessor_config"] = read_json(preprocessor)
     return weights._replace(facts=facts | weights.facts)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of a file of JSON.
+
+    Raises:
+        ValueError: if it holds something else.
+    """
     try:
         content = json.loads(path.read_text())
     except ValueError as error:  # of JSON, or of UTF-8

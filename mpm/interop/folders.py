@@ -9,8 +9,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mpm.interop.folding import fold_stem_norm
 from mpm.interop.huggingface import to_transformers
-from mpm.interop.huggingface_classes import NETWORKS
+from mpm.interop.huggingface_classes import KINDS
 from mpm.interop.inference import Inference, Subject, Written
 from mpm.interop.layouts import layout_for
 from mpm.interop.official import to_official
@@ -30,6 +31,7 @@ def write_timm(network: Inference, subject: Subject, folder: Path) -> Written:
     """
     import timm
 
+    subject, notes = _folded(subject)
     config, state = _as_timm_reads(subject)
     layout = layout_for("timm", config)
     save_file(
@@ -78,7 +80,13 @@ model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 batch = transform(image).unsqueeze(0)
 {subject.output} = {answer}"""
-    return Written(run, loading)
+    return Written(run, loading, notes)
+
+
+def _folded(subject: Subject) -> tuple[Subject, tuple[str, ...]]:
+    """Without the batch norm of a linear stem, and what a reader should know of it."""
+    state, config, notes = fold_stem_norm(subject.state, subject.config)
+    return subject._replace(state=state, config=config), notes
 
 
 def _as_timm_reads(subject: Subject) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -176,12 +184,13 @@ def write_transformers(network: Inference, subject: Subject, folder: Path) -> Wr
         raise ValueError(
             f"--to transformers needs {error.name}: pip install 'masked-patch-modeling[export]'"
         ) from None
+    subject, notes = _folded(subject)
     files = to_transformers(subject.state, subject.config, classes=subject.classes, settings=subject.training)
     save_file(files.state, folder / _WEIGHTS, metadata={"format": "pt"})
     _write_json(folder / "config.json", files.config)
     _write_json(folder / "preprocessor_config.json", files.preprocessor)
     (name,) = files.config["architectures"]
-    kind, prefix = NETWORKS[name], network.backbone.num_prefix
+    kind, prefix = KINDS[name], network.backbone.num_prefix
     arguments: dict[str, Any] = {}
     if kind.model_type == "vit_mae":
         arguments["mask_ratio"] = 0.0  # else it hides patches whenever it is called
@@ -209,7 +218,7 @@ processor = AutoImageProcessor.from_pretrained("FOLDER")
 model = {name}.from_pretrained("FOLDER"{options}).eval()
 inputs = processor(image, return_tensors="pt")
 {subject.output} = {answer}"""
-    return Written(run, loading, files.notes)
+    return Written(run, loading, (*notes, *files.notes))
 
 
 @contextlib.contextmanager

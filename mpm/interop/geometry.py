@@ -2,7 +2,20 @@
 
 import math
 
-__all__ = ["grid_of_positions"]
+import torch
+from torch import Tensor
+
+from mpm.patchify.positions import sincos_table
+
+__all__ = ["grid_of_positions", "is_sincos"]
+
+
+def is_sincos(table: Tensor, grid: tuple[int, int]) -> bool:
+    """Whether positions [N,D] are the fixed ones of a grid, but for roundings of float32."""
+    length, dim = table.shape
+    if length != math.prod(grid) or dim % 4:
+        return False
+    return torch.allclose(table, sincos_table(grid, dim).to(table), rtol=0, atol=1e-6)
 
 
 def grid_of_positions(
@@ -16,7 +29,8 @@ def grid_of_positions(
 ) -> tuple[int, int]:
     """Patches per side (rows, columns).
 
-    Published grids are square. Where the numbers fit no square, or two, the image size decides.
+    An image size that fits the numbers decides, config.json's before the caller's; else the grid is square,
+    as published ones are.
 
     Args:
         length: rows of `pos_embed`, with or without one for each prefix token; None: there is none.
@@ -49,15 +63,13 @@ def grid_of_positions(
             "the file has no positions (pos_embed, relative_position_bias_table); it may have rotary ones, "
             "which mpm has not; give image_size= if it has none at all"
         )
-    if stated is not None and told and fits(told[0]):
-        return told[0]
+    if fitting := [grid for grid in told if fits(grid)]:
+        return fitting[0]
     squares = [
         (side, side) for side in range(1, math.isqrt(max(length or 0, rows or 0)) + 1) if fits((side, side))
     ]
     if len(squares) == 1:
         return squares[0]
-    if fitting := [grid for grid in told if fits(grid)]:
-        return fitting[0]
     counted = f"pos_embed has {length} rows" if length else f"the relative bias has {rows} rows"
     reason = "fits two square grids" if squares else "fits no square grid"
     raise ValueError(

@@ -9,16 +9,20 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from mpm.interop.huggingface_classes import Network, classic, names_of, network_for, network_of, rename
+from mpm.interop.files import some
+from mpm.interop.folding import fold_layer_scale
+from mpm.interop.geometry import is_sincos
+from mpm.interop.huggingface_classes import Kind, classic, kind_for, kind_of, names_of, rename
 from mpm.interop.huggingface_settings import (
     facts_of,
-    preprocessing_of,
     preprocessor_of,
     settings_of,
+    stated_preprocessing,
     with_defaults,
 )
+from mpm.interop.networks import network_of
 from mpm.interop.official import Official, Report
-from mpm.interop.official import network_of as skeleton_of
+from mpm.patchify.patches import grid_of
 
 __all__ = ["TransformersFiles", "from_transformers", "to_transformers"]
 
@@ -63,48 +67,66 @@ def from_transformers(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> 
             f"config.json has model_type {model_type}; of transformers, mpm reads {', '.join(_TYPES)}"
         )
     files_names = {classic(name): name for name in state}
-    network = network_of(model_type, files_names)
-    if not network.trunk:  # a classifier that has lost its head has a prefix, too
+    kind = kind_of(model_type, files_names)
+    if not kind.trunk:  # a classifier that has lost its head has a prefix, too
         files_names = {name.removeprefix(_TYPES[model_type]): file for name, file in files_names.items()}
-    tokens = [name for token in _TOKENS if (name := network.trunk + token) in files_names]
-    heads = [theirs for theirs, ours in network.reader.items() if ours == "heads.0"]
-    config, notes = facts_of(
-        network,
-        with_defaults(facts),
-        num_classes=len(state[f"{heads[0]}.weight"]) if heads else None,
-        tokens=len(tokens),
+    tokens = [name for token in _TOKENS if (name := kind.trunk + token) in files_names]
+    heads, dropped = _heads(kind, files_names)
+    num_classes = len(state[heads[0]]) if heads else None
+    config, notes = facts_of(kind, with_defaults(facts), num_classes=num_classes, tokens=len(tokens))
+    preprocessing, more = stated_preprocessing(
+        facts.get("preprocessor_config", {}), channels=config["channels"]
     )
-    preprocessing, more = preprocessing_of(facts.get("preprocessor_config", {}), channels=config["channels"])
-    names = _names(network, config)
+    names = _names(kind, config)
     ours: dict[str, Tensor] = {}
-    dropped: list[str] = []
+    if dropped:
+        more += (f"of the classes' heads there is only {some(dropped)}, so the classes are left out",)
     for name, file_name in files_names.items():
         if new := rename(name, names):
             ours[new] = state[file_name]
         elif name not in tokens and _UNUSED.search(name):
             dropped.append(file_name)
         elif name not in tokens:
-            raise ValueError(f"{file_name} is no weight that mpm knows of a {network.name}")
+            raise ValueError(f"{file_name} is no weight that mpm knows of a {kind.name}")
     lost = [theirs for theirs, part in names.items() if _is_lost(part, ours, config)]
     if lost or not tokens:
-        first = lost[0] if lost else f"{network.trunk}{_TOKENS[0]}"
-        raise ValueError(f"the weights lack {first} of the {network.name} that config.json describes")
+        first = lost[0] if lost else f"{kind.trunk}{_TOKENS[0]}"
+        raise ValueError(f"the weights lack {first} of the {kind.name} that config.json describes")
     ours["backbone.prefix_tokens"] = torch.cat([state[files_names[token]][0] for token in tokens])  # [R,D]
     _take_their_shapes(ours, config)
+    _name_positions(ours, config)
     missing = _check(ours, config)
     loaded = tuple(name for name in state if name not in dropped)
     report = Report(config["family"], loaded, (), tuple(dropped), missing, notes + more)
     return Official({**config, **preprocessing}, ours, report)
 
 
-def _names(network: Network, config: Mapping[str, Any]) -> dict[str, str]:
+def _heads(kind: Kind, files_names: dict[str, str]) -> tuple[list[str], list[str]]:
+    """The file's names of the heads, and of heads that are not all there; those are taken out, in place."""
+    theirs = [head for head, ours in kind.reader.items() if ours.startswith("heads.")]
+    whole = [f"{head}.{leaf}" for head in theirs for leaf in ("weight", "bias")]
+    if all(name in files_names for name in whole):
+        return [files_names[name] for name in whole], []
+    return [], [files_names.pop(name) for name in whole if name in files_names]
+
+
+def _name_positions(state: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+    """Positions of a MAE are learned ones where they are not the fixed ones, in place: it was resized."""
+    backbone = config["backbone"]
+    if backbone["positions"]["table"] == "sincos":
+        grid = grid_of(config["image_size"], backbone["patch_size"])
+        if not is_sincos(state["backbone.positions.table"], grid):
+            backbone["positions"] = backbone["positions"] | {"table": "learned"}
+
+
+def _names(kind: Kind, config: Mapping[str, Any]) -> dict[str, str]:
     backbone, predictor = config["backbone"], config["predictor"] or {}
     return names_of(
-        network,
+        kind,
         depth=backbone["depth"],
         decoder_depth=predictor.get("depth", 0),
         bias=backbone["positions"]["bias"],
-        mean=network.model_type == "beit" and config["readout"] == {"kind": "mean"},
+        mean=kind.model_type == "beit" and config["readout"] == {"kind": "mean"},
     )
 
 
@@ -119,14 +141,14 @@ def _is_lost(part: str, state: Mapping[str, Tensor], config: Mapping[str, Any]) 
 def _check(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[str, ...]:
     """Compare weights with the network that a description says.
 
-    Returns: names of that network that are missing, none of its trunk.
+    Returns: names of that network that are missing, none of its trunk or of a classifier.
 
     Raises:
         ValueError: if one has another shape or no place, or the trunk is not whole.
     """
     head = state.get("predictor.head.weight")
     with torch.device("meta"):
-        expected = skeleton_of(config, out_dim=0 if head is None else len(head)).state_dict()
+        expected = network_of(config, out_dim=0 if head is None else len(head)).state_dict()
     for name, tensor in state.items():
         shape = list(expected[name].shape) if name in expected else list(tensor.shape)
         if list(tensor.shape) != shape:
@@ -134,7 +156,8 @@ def _check(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[str,
         if name.startswith("backbone.") and name not in expected:
             raise ValueError(f"the weights have {name}, and by config.json there is none")
     missing = tuple(name for name in expected if name not in state)
-    if lost := [name for name in missing if name.startswith("backbone.")]:
+    whole = ("backbone.", "readout.") if config["num_classes"] else "backbone."
+    if lost := [name for name in missing if name.startswith(whole)]:
         raise ValueError(f"the weights lack {lost[0]}, which there is by config.json")
     return missing
 
@@ -208,38 +231,29 @@ def to_transformers(
     Raises:
         ValueError: if transformers has no such network.
     """
-    network = network_for(state, config)
+    kind = kind_for(state, config)
     state = dict(state)
-    if "predictor.norm.weight" in state and network.norm[1] == "readout.norm":  # a trunk alone
+    if "predictor.norm.weight" in state and kind.norm[1] == "readout.norm":  # a trunk alone
         for part in ("weight", "bias"):
             state[f"readout.norm.{part}"] = state.pop(f"predictor.norm.{part}")
     notes = []
-    if network.model_type != "beit" and config["backbone"]["layer_scale"] is not None:
-        _fold_layer_scale(state)
+    if kind.model_type != "beit" and config["backbone"]["layer_scale"] is not None:
+        fold_layer_scale(state)
         notes.append("LayerScale is folded into the maps before it (exact).")
     outputs = next((len(state[n]) for n in ("heads.0.weight", "predictor.head.weight") if n in state), None)
-    settings = settings_of(network, config, outputs=outputs, classes=classes) | dict(settings)
-    _give_their_shapes(state, network, config, key_bias=bool(settings.get("qkv_bias")))
-    names = {ours: theirs for theirs, ours in _names(network, dict(config)).items()}
+    settings = settings_of(kind, config, outputs=outputs, classes=classes) | dict(settings)
+    _give_their_shapes(state, kind, config, key_bias=bool(settings.get("qkv_bias")))
+    names = {ours: theirs for theirs, ours in _names(kind, dict(config)).items()}
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        new = name if name.startswith(network.trunk + "embeddings.") else rename(name, names)
+        new = name if name.startswith(kind.trunk + "embeddings.") else rename(name, names)
         assert new is not None, name
         renamed[new] = tensor.contiguous()
     return TransformersFiles(renamed, settings, preprocessor_of(config), tuple(notes))
 
 
-def _fold_layer_scale(state: dict[str, Tensor]) -> None:
-    """Factors of a residual branch into the map before them, in place: g (W x + b) = (g W) x + g b."""
-    for name in [name for name in state if name.endswith((".ls1.gamma", ".ls2.gamma"))]:
-        block, factor = name[: -len(".ls1.gamma")], state.pop(name)
-        layer = f"{block}.attn.proj" if name.endswith(".ls1.gamma") else f"{block}.mlp.fc2"
-        state[f"{layer}.weight"] = state[f"{layer}.weight"] * factor[:, None]
-        state[f"{layer}.bias"] = state[f"{layer}.bias"] * factor
-
-
 def _give_their_shapes(
-    state: dict[str, Tensor], network: Network, config: Mapping[str, Any], *, key_bias: bool
+    state: dict[str, Tensor], kind: Kind, config: Mapping[str, Any], *, key_bias: bool
 ) -> None:
     """Our names with our shapes -> our names with their shapes, tokens with their names, in place."""
     backbone = config["backbone"]
@@ -248,11 +262,11 @@ def _give_their_shapes(
     state[stem] = rearrange(state[stem], "d (h w c) -> d c h w", **axes)
     tokens = state.pop("backbone.prefix_tokens")  # [R,D]
     for name, token in zip(_TOKENS, tokens, strict=False):
-        state[network.trunk + name] = token[None, None].clone()
+        state[kind.trunk + name] = token[None, None].clone()
     table = "backbone.positions.table"
     if table in state:
         state[table] = torch.cat([torch.zeros_like(tokens), state[table]])[None]  # [1,R+N,D]
-    elif network.model_type != "beit":
+    elif kind.model_type != "beit":
         N = (config["image_size"][0] // axes["h"]) * (config["image_size"][1] // axes["w"])
         state[table] = tokens.new_zeros(1, len(tokens) + N, backbone["dim"])
     for token in ("predictor.mask_token", "predictor.encoder_mask_token"):
@@ -262,12 +276,12 @@ def _give_their_shapes(
         slot = torch.zeros_like(decoder_table[:1])
         state["predictor.positions.table"] = torch.cat([slot, decoder_table])[None]
     head = "predictor.head.weight"
-    if "decoder.0" in network.reader:
+    if "decoder.0" in kind.reader:
         back = "(h w c) ... -> (c h w) ..."
         state[head] = rearrange(state[head], back, **axes)[:, :, None, None]
         state["predictor.head.bias"] = rearrange(state["predictor.head.bias"], back, **axes)
     for name in [name for name in state if name.endswith(".attn.qkv.weight")]:
-        _split(state, name.removesuffix("qkv.weight"), is_beit=network.model_type == "beit", biased=key_bias)
+        _split(state, name.removesuffix("qkv.weight"), is_beit=kind.model_type == "beit", biased=key_bias)
 
 
 def _split(state: dict[str, Tensor], attention: str, *, is_beit: bool, biased: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["NETWORKS", "Network", "classic", "names_of", "network_for", "network_of", "rename"]
+__all__ = ["KINDS", "Kind", "classic", "kind_for", "kind_of", "names_of", "rename"]
 
 _MODERN = (
     (r"^(\w+\.)?layers\.", r"\1encoder.layer."),
@@ -39,7 +39,7 @@ _BLOCK = {
 _TABLE = "relative_position_bias.relative_position_bias_table"
 
 
-class Network(NamedTuple):
+class Kind(NamedTuple):
     """A class of transformers.
 
     Attributes:
@@ -74,23 +74,21 @@ def _pixels(trunk: str) -> dict[str, str]:
 
 _CODES = {"beit.embeddings.mask_token": "predictor.encoder_mask_token", "lm_head": "predictor.head"}
 _READS, _PREDICTS = "readout.norm", "predictor.norm"
-NETWORKS = {
-    network.name: network
-    for network in (
-        Network("ViTModel", "vit", "", ("layernorm", _READS)),
-        Network("ViTForImageClassification", "vit", "vit.", ("vit.layernorm", _READS), _CLASSES),
-        Network("ViTForMaskedImageModeling", "vit", "vit.", ("vit.layernorm", _PREDICTS), _pixels("vit.")),
-        Network("DeiTModel", "deit", "", ("layernorm", _READS)),
-        Network("DeiTForImageClassification", "deit", "deit.", ("deit.layernorm", _READS), _CLASSES),
-        Network("DeiTForImageClassificationWithTeacher", "deit", "deit.", ("deit.layernorm", _READS), _TWICE),
-        Network(
-            "DeiTForMaskedImageModeling", "deit", "deit.", ("deit.layernorm", _PREDICTS), _pixels("deit.")
-        ),
-        Network("BeitModel", "beit", "", ("layernorm", _READS)),
-        Network("BeitForImageClassification", "beit", "beit.", ("beit.layernorm", _READS), _CLASSES),
-        Network("BeitForMaskedImageModeling", "beit", "beit.", ("layernorm", _PREDICTS), _CODES),
-        Network("ViTMAEModel", "vit_mae", "", ("layernorm", _PREDICTS)),
-        Network("ViTMAEForPreTraining", "vit_mae", "vit.", ("vit.layernorm", _PREDICTS), _DECODER),
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("ViTModel", "vit", "", ("layernorm", _READS)),
+        Kind("ViTForImageClassification", "vit", "vit.", ("vit.layernorm", _READS), _CLASSES),
+        Kind("ViTForMaskedImageModeling", "vit", "vit.", ("vit.layernorm", _PREDICTS), _pixels("vit.")),
+        Kind("DeiTModel", "deit", "", ("layernorm", _READS)),
+        Kind("DeiTForImageClassification", "deit", "deit.", ("deit.layernorm", _READS), _CLASSES),
+        Kind("DeiTForImageClassificationWithTeacher", "deit", "deit.", ("deit.layernorm", _READS), _TWICE),
+        Kind("DeiTForMaskedImageModeling", "deit", "deit.", ("deit.layernorm", _PREDICTS), _pixels("deit.")),
+        Kind("BeitModel", "beit", "", ("layernorm", _READS)),
+        Kind("BeitForImageClassification", "beit", "beit.", ("beit.layernorm", _READS), _CLASSES),
+        Kind("BeitForMaskedImageModeling", "beit", "beit.", ("layernorm", _PREDICTS), _CODES),
+        Kind("ViTMAEModel", "vit_mae", "", ("layernorm", _PREDICTS)),
+        Kind("ViTMAEForPreTraining", "vit_mae", "vit.", ("vit.layernorm", _PREDICTS), _DECODER),
     )
 }
 
@@ -102,16 +100,14 @@ def classic(name: str) -> str:
     return name
 
 
-def network_of(model_type: str, names: Iterable[str]) -> Network:
+def kind_of(model_type: str, names: Iterable[str]) -> Kind:
     """The class whose weights have these classic names: of which most is there beside the trunk."""
     modules = {part for name in names for part in (name, name.rpartition(".")[0])}
-    of_type = [network for network in NETWORKS.values() if network.model_type == model_type]
-    return max(
-        of_type, key=lambda network: len(network.reader.keys() & modules)
-    )  # the first: the trunk alone
+    of_type = [kind for kind in KINDS.values() if kind.model_type == model_type]
+    return max(of_type, key=lambda kind: len(kind.reader.keys() & modules))  # the first: the trunk alone
 
 
-def network_for(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Network:
+def kind_for(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Kind:
     """The class that expresses a network of mpm.
 
     Args:
@@ -146,13 +142,13 @@ def network_for(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Netwo
             f"of {backbone['patch_size']}; use --to timm or safetensors"
         )
     if mae:
-        return NETWORKS["ViTMAEForPreTraining" if kind else "ViTMAEModel"]
+        return KINDS["ViTMAEForPreTraining" if kind else "ViTMAEModel"]
     prefix = "Beit" if beit else "DeiT" if has_two_tokens else "ViT"
     if kind:
-        return NETWORKS[f"{prefix}ForMaskedImageModeling"]
+        return KINDS[f"{prefix}ForMaskedImageModeling"]
     if not is_classifier:
-        return NETWORKS[f"{prefix}Model"]
-    return NETWORKS[f"{prefix}ForImageClassification" + "WithTeacher" * ("heads.1.weight" in state)]
+        return KINDS[f"{prefix}Model"]
+    return KINDS[f"{prefix}ForImageClassification" + "WithTeacher" * ("heads.1.weight" in state)]
 
 
 def _refuse(backbone: Mapping[str, Any], readout: Mapping[str, Any] | None) -> None:
@@ -176,26 +172,26 @@ def _refuse(backbone: Mapping[str, Any], readout: Mapping[str, Any] | None) -> N
 
 
 def names_of(
-    network: Network, *, depth: int, decoder_depth: int = 0, bias: str = "none", mean: bool = False
+    kind: Kind, *, depth: int, decoder_depth: int = 0, bias: str = "none", mean: bool = False
 ) -> dict[str, str]:
     """Modules and lone parameters of a network: theirs (classic), ours.
 
     Args:
-        network: class.
+        kind: of network.
         depth: blocks of the trunk.
         decoder_depth: blocks of the decoder.
         bias: relative position bias: "none", "shared" or "per_block".
         mean: BEiT's reader pools patches before its norm.
     """
-    trunk = network.trunk
-    norm, our_norm = network.norm
+    trunk = kind.trunk
+    norm, our_norm = kind.norm
     if mean and our_norm == _READS:
         norm = f"{trunk}pooler.layernorm"
     names = {
         f"{trunk}embeddings.patch_embeddings.projection": "backbone.stem.proj",
         f"{trunk}embeddings.position_embeddings": "backbone.positions.table",
         norm: our_norm,
-        **network.reader,
+        **kind.reader,
     }
     if bias == "shared":
         names[f"{trunk}encoder.{_TABLE}"] = "backbone.relative_biases.0.bias_table"

@@ -4,10 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpm.interop.huggingface_classes import Network
+from mpm.interop.facts import known_interpolation
+from mpm.interop.huggingface_classes import Kind
+from mpm.interop.keys import ratio_of
 from mpm.variants import Architecture
 
-__all__ = ["facts_of", "preprocessing_of", "preprocessor_of", "settings_of", "with_defaults"]
+__all__ = ["facts_of", "preprocessor_of", "settings_of", "stated_preprocessing", "with_defaults"]
 
 _EPSILON = 1e-6  # of every LayerNorm of mpm
 _DEFAULTS: dict[str, Any] = {  # what a config.json may leave out
@@ -20,7 +22,7 @@ _DEFAULTS: dict[str, Any] = {  # what a config.json may leave out
     "decoder_num_attention_heads": 16, "decoder_intermediate_size": 2048, "mask_ratio": 0.75,
     "norm_pix_loss": False,
 }  # fmt: skip
-_INTERPOLATIONS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+_INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's numbers
 
 
 def with_defaults(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,12 +31,12 @@ def with_defaults(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def facts_of(
-    network: Network, settings: Mapping[str, Any], *, num_classes: int | None, tokens: int
+    kind: Kind, settings: Mapping[str, Any], *, num_classes: int | None, tokens: int
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """A network's facts as `load_official` gives them, without preprocessing, and what is to know about them.
 
     Args:
-        network: class.
+        kind: of network.
         settings: config.json with defaults.
         num_classes: of its heads; None: it has none.
         tokens: before the patches.
@@ -45,26 +47,26 @@ def facts_of(
     if settings["hidden_act"] != "gelu":
         raise ValueError(f"hidden_act {settings['hidden_act']} is none that mpm has; it can read gelu")
     dim, heads = settings["hidden_size"], settings["num_attention_heads"]
-    if settings.get("head_dim", dim // heads) * heads != dim:
+    if (settings.get("head_dim") or dim // heads) * heads != dim:
         raise ValueError(
             f"head_dim {settings['head_dim']} is not hidden_size / num_attention_heads, as mpm has it"
         )
-    is_beit, is_mae = network.model_type == "beit", network.model_type == "vit_mae"
+    is_beit, is_mae = kind.model_type == "beit", kind.model_type == "vit_mae"
     shared, per_block = settings["use_shared_relative_position_bias"], settings["use_relative_position_bias"]
     if is_beit and shared and per_block:
         raise ValueError(
             "a shared relative position bias and one per block cannot both be had; mpm reads either"
         )
-    if network.name == "BeitForMaskedImageModeling" and not settings["use_mean_pooling"]:
+    if kind.name == "BeitForMaskedImageModeling" and not settings["use_mean_pooling"]:
         raise ValueError("use_mean_pooling false puts two norms before lm_head; mpm has one")
-    distilled = tokens == 2 and network.name != "DeiTForImageClassification"
+    distilled = tokens == 2 and kind.name != "DeiTForImageClassification"
     learned = not is_beit or settings["use_absolute_position_embeddings"]
     architecture = Architecture(
         patch_size=_pair(settings["patch_size"]),
         dim=dim,
         depth=settings["num_hidden_layers"],
         heads=heads,
-        mlp_ratio=_ratio(settings["intermediate_size"], dim),
+        mlp_ratio=ratio_of(settings["intermediate_size"], dim),
         qkv_bias="query_value" if is_beit else "all" if settings["qkv_bias"] else "none",
         layer_scale=settings["layer_scale_init_value"] or None if is_beit else None,
         drop_path=float(settings["drop_path_rate"]) if is_beit else 0.0,
@@ -75,22 +77,22 @@ def facts_of(
             "bias": "none" if not is_beit else "shared" if shared else "per_block" if per_block else "none",
         },
     )
-    predicts = network.norm[1] == "predictor.norm"
+    predicts = kind.norm[1] == "predictor.norm"
     mean = is_beit and settings["use_mean_pooling"]
     facts = {
-        "family": f"transformers-{network.model_type}",
+        "family": f"transformers-{kind.model_type}",
         "image_size": _pair(settings["image_size"]),
         "channels": settings["num_channels"],
         "backbone": architecture._asdict() | {"stem": dict(architecture.stem)},
         "readout": None if predicts else {"kind": "mean" if mean else "token"},
         "num_classes": num_classes,
-        "predictor": _predictor(network, settings),
+        "predictor": _predictor(kind, settings),
     }
-    return facts, tuple(_notes(network, settings))
+    return facts, tuple(_notes(kind, settings))
 
 
-def _predictor(network: Network, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    if network.name == "ViTMAEForPreTraining":
+def _predictor(kind: Kind, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    if kind.name == "ViTMAEForPreTraining":
         width = settings["decoder_hidden_size"]
         if settings["decoder_intermediate_size"] != 4 * width:
             raise ValueError(
@@ -99,10 +101,10 @@ def _predictor(network: Network, settings: Mapping[str, Any]) -> dict[str, Any] 
             )
         depth, heads = settings["decoder_num_hidden_layers"], settings["decoder_num_attention_heads"]
         return {"kind": "decoder", "dim": width, "depth": depth, "heads": heads}
-    return {"kind": "linear"} if "predictor.head" in network.reader.values() else None
+    return {"kind": "linear"} if "predictor.head" in kind.reader.values() else None
 
 
-def _notes(network: Network, settings: Mapping[str, Any]) -> list[str]:
+def _notes(kind: Kind, settings: Mapping[str, Any]) -> list[str]:
     notes = []
     epsilon = settings["layer_norm_eps"]
     if epsilon != _EPSILON:
@@ -115,19 +117,19 @@ def _notes(network: Network, settings: Mapping[str, Any]) -> list[str]:
         for key in ("hidden_dropout_prob", "attention_probs_dropout_prob")
         if settings[key]
     ]
-    if network.name == "ViTMAEForPreTraining":
+    if kind.name == "ViTMAEForPreTraining":
         pixels = "normalised per patch" if settings["norm_pix_loss"] else "as they are"
         notes.append(f"it was trained with mask_ratio {settings['mask_ratio']} to predict pixels {pixels}")
     return notes
 
 
 def settings_of(
-    network: Network, config: Mapping[str, Any], *, outputs: int | None, classes: Sequence[str] = ()
+    kind: Kind, config: Mapping[str, Any], *, outputs: int | None, classes: Sequence[str] = ()
 ) -> dict[str, Any]:
     """config.json of a network.
 
     Args:
-        network: class.
+        kind: of network.
         config: facts as `load_official` gives them.
         outputs: classes of a classifier, values that a predictor predicts; None: neither.
         classes: their names, where they have some.
@@ -135,8 +137,8 @@ def settings_of(
     backbone, predictor = config["backbone"], config.get("predictor") or {}
     sides, patch = config["image_size"], backbone["patch_size"]
     settings: dict[str, Any] = {
-        "architectures": [network.name],
-        "model_type": network.model_type,
+        "architectures": [kind.name],
+        "model_type": kind.model_type,
         "image_size": sides[0] if sides[0] == sides[1] else list(sides),
         "patch_size": patch[0] if patch[0] == patch[1] else list(patch),
         "num_channels": config["channels"],
@@ -149,24 +151,24 @@ def settings_of(
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     }
-    if network.name.endswith("ForImageClassification") or network.name.endswith("WithTeacher"):
+    if kind.name.endswith("ForImageClassification") or kind.name.endswith("WithTeacher"):
         names = list(classes) or [f"LABEL_{index}" for index in range(outputs or 0)]
         settings["id2label"] = {str(index): name for index, name in enumerate(names)}
         settings["label2id"] = {name: index for index, name in enumerate(names)}
-    match network.model_type:
+    match kind.model_type:
         case "beit":
             bias = backbone["positions"]["bias"]
             settings |= {
-                "use_mask_token": "predictor.head" in network.reader.values(),
+                "use_mask_token": "predictor.head" in kind.reader.values(),
                 "use_absolute_position_embeddings": backbone["positions"]["table"] != "none",
                 "use_relative_position_bias": bias == "per_block",
                 "use_shared_relative_position_bias": bias == "shared",
                 "layer_scale_init_value": backbone["layer_scale"] or 0.0,
                 "drop_path_rate": backbone["drop_path"],
-                "use_mean_pooling": "predictor.head" in network.reader.values()
+                "use_mean_pooling": "predictor.head" in kind.reader.values()
                 or config["readout"] == {"kind": "mean"},
             }
-            if network.name == "BeitForMaskedImageModeling":
+            if kind.name == "BeitForMaskedImageModeling":
                 settings["vocab_size"] = outputs
         case "vit_mae":
             settings["qkv_bias"] = True
@@ -182,7 +184,9 @@ def settings_of(
     return settings
 
 
-def preprocessing_of(facts: Mapping[str, Any], *, channels: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+def stated_preprocessing(
+    facts: Mapping[str, Any], *, channels: int
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Mean, std, crop and interpolation of a preprocessor_config.json, and what is to know about them.
 
     Args:
@@ -191,15 +195,18 @@ def preprocessing_of(facts: Mapping[str, Any], *, channels: int) -> tuple[dict[s
     """
     half = [0.5] * channels
     crop = 1.0
-    if facts.get("do_center_crop") and "size" in facts:
-        crop = min(1.0, _side(facts.get("crop_size", facts["size"])) / _side(facts["size"]))
+    if facts.get("do_center_crop") and facts.get("size"):
+        crop = min(1.0, _side(facts.get("crop_size") or facts["size"]) / _side(facts["size"]))
+    number = 2 if facts.get("resample") is None else facts["resample"]
+    named = _INTERPOLATIONS[number] if number in range(len(_INTERPOLATIONS)) else f"number {number}"
+    interpolation, told = known_interpolation(named)
+    notes = [*told]
     preprocessing = {
-        "mean": tuple(facts.get("image_mean", half)),
-        "std": tuple(facts.get("image_std", half)),
+        "mean": tuple(facts.get("image_mean") or half),
+        "std": tuple(facts.get("image_std") or half),
         "crop": crop,
-        "interpolation": _INTERPOLATIONS.get(facts.get("resample", 2), "bilinear"),
+        "interpolation": interpolation,
     }
-    notes = []
     if not facts:
         notes.append("there is no preprocessor_config.json: mean and std 0.5 are transformers' defaults")
     elif isinstance(facts.get("size"), Mapping) and "shortest_edge" not in facts["size"]:
@@ -218,13 +225,12 @@ def preprocessor_of(config: Mapping[str, Any]) -> dict[str, Any]:
     height, width = config["image_size"]
     is_square = height == width
     covered = math.floor(height / config["crop"])
-    numbers = {name: number for number, name in _INTERPOLATIONS.items()}
     return {
         "image_processor_type": "BitImageProcessor" if is_square else "ViTImageProcessor",
         "do_convert_rgb": config["channels"] == 3,
         "do_resize": True,
         "size": {"shortest_edge": covered} if is_square else {"height": height, "width": width},
-        "resample": numbers[config["interpolation"]],
+        "resample": _INTERPOLATIONS.index(config["interpolation"]),
         "do_center_crop": is_square,
         **({"crop_size": {"height": height, "width": width}} if is_square else {}),
         "do_rescale": True,
@@ -240,10 +246,4 @@ def _pair(sides: int | Sequence[int]) -> tuple[int, int]:
 
 
 def _side(size: int | Mapping[str, int]) -> int:
-    return size if isinstance(size, int) else next(iter(size.values()))
-
-
-def _ratio(hidden: int, dim: int) -> float:
-    """The ratio that gives `hidden` by int(dim * ratio)."""
-    ratio = hidden / dim
-    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
+    return size if isinstance(size, int) else next(side for side in size.values() if side is not None)

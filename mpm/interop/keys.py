@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpm.patchify.stems import merge_factors
 
-__all__ = ["count", "outputs_of", "shape_of", "stem_of"]
+__all__ = ["count", "outputs_of", "ratio_of", "shape_of", "stem_of"]
 
 
 def shape_of(state: Mapping[str, Tensor], key: str) -> torch.Size:
@@ -34,6 +34,12 @@ def outputs_of(state: Mapping[str, Tensor], key: str) -> int:
     if len(shape) < 2 or 0 in shape:
         raise ValueError(f"{key} is {list(shape)}, where the weight of a layer is expected")
     return shape[0]
+
+
+def ratio_of(hidden: int, dim: int) -> float:
+    """The ratio of an MLP that gives `hidden` again as int(dim * ratio), for all rounding."""
+    ratio = hidden / dim
+    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def count(state: Mapping[str, Tensor], template: str) -> int:

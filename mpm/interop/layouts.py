@@ -47,7 +47,7 @@ _THREE_THINGS = _DEIT | {
 _CAIT = _DEIT | {
     "attention": ("talking_heads",),
     "qkv_bias": ("all",),
-    "layer_scale": (True,),
+    "layer_scale": _ANY,  # without, factors of 1 are written
     "class_token": (False,),
     "distillation_token": (False,),
     "readout": ("class_attention of 1 query",),

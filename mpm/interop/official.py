@@ -6,23 +6,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpm.backbones.adapt import adapt_state
-from mpm.backbones.create import create_backbone, create_readout
+from mpm.interop.facts import check_facts, class_names
 from mpm.interop.files import Weights, read_weights, some, unwrap
+from mpm.interop.folding import unit_layer_scale
+from mpm.interop.geometry import is_sincos
 from mpm.interop.keys import outputs_of
 from mpm.interop.layouts import LAYOUTS, layout_for
 from mpm.interop.names import PREFIX, names
+from mpm.interop.networks import network_of
 from mpm.interop.recognition import Stated, recognize
 from mpm.interop.timm_twins import check_timm_architecture
 from mpm.interop.tokens import TOKENS, form_of, tokens_in, tokens_out
-from mpm.objectives.predictors import DecoderPredictor, LinearPredictor
 from mpm.patchify.patches import grid_of
-from mpm.patchify.positions import resample_table
-from mpm.variants import Architecture
+from mpm.patchify.positions import resample_table, sincos_table
 
-__all__ = ["Official", "Report", "class_names", "load_official", "network_of", "to_official"]
+__all__ = ["Official", "Report", "load_official", "official_of", "to_official"]
 
 _TOKENS = ("backbone.prefix_tokens", "backbone.positions.table", "predictor.positions.table")
 
@@ -82,7 +83,7 @@ def load_official(
         heads: of attention; needed where neither the keys nor the width tell.
         decoder_heads: of MAE's decoder; needed where its width is not the published 512.
         image_size: side, or height and width, in pixels. Positions of another square grid are resampled;
-            those of no square grid are taken to be of this one.
+            those whose number fits it are taken to be of this one.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -92,26 +93,37 @@ def load_official(
         weights, source = unwrap(path_or_state_dict), ""
     else:
         weights, source = read_weights(path_or_state_dict), Path(path_or_state_dict).name
+    return official_of(
+        weights, source=source, heads=heads, decoder_heads=decoder_heads, image_size=image_size
+    )
+
+
+def official_of(
+    weights: Weights,
+    *,
+    source: str = "",
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> Official:
+    """The network of weights and of the facts beside them; `source` is the name of their file.
+
+    Others and errors: see `load_official`.
+    """
+    check_facts(weights.facts)
     sides = (image_size, image_size) if isinstance(image_size, int) else image_size
     state = {key: _widened(tensor) for key, tensor in weights.state.items()}
-    stated = Stated(weights.facts, source, heads=heads, decoder_heads=decoder_heads, image_size=sides)
-    if _is_transformers(Weights(state, weights.facts)):
+    if broken := [key for key, tensor in state.items() if not (tensor.is_meta or tensor.isfinite().all())]:
+        raise ValueError(f"weights that are not finite: {some(broken)}; use another checkpoint")
+    if _is_transformers(weights):
         from mpm.interop.huggingface import from_transformers
 
         official = from_transformers(state, weights.facts)
     else:
+        stated = Stated(weights.facts, source, heads=heads, decoder_heads=decoder_heads, image_size=sides)
         official = _read(state, stated)
     official.config["classes"] = class_names(weights.facts, official.config["num_classes"])
     return official if sides in (None, official.config["image_size"]) else _resized(official, sides)
-
-
-def class_names(facts: Mapping[str, Any], count: int | None) -> tuple[str, ...]:
-    """As a config.json names them; none where they are placeholders, or not all there."""
-    labels = facts.get("id2label") or {}
-    names = [labels.get(str(index), labels.get(index, f"LABEL_{index}")) for index in range(count or 0)]
-    if not labels or names == [f"LABEL_{index}" for index in range(count or 0)]:
-        names = facts.get("label_names") or facts.get("pretrained_cfg", {}).get("label_names") or []
-    return tuple(map(str, names)) if len(names) == count else ()
 
 
 def _widened(tensor: Tensor) -> Tensor:
@@ -145,7 +157,8 @@ def _read(file: dict[str, Tensor], stated: Stated) -> Official:
         taken.add("decoder_pos_embed")
     if unknown := [key for key in file if key not in taken and key not in dropped]:
         raise ValueError(
-            f"{len(unknown)} of {len(file)} keys are nothing that mpm knows of {family} networks: "
+            f"{len(unknown)} of {len(file)} keys mean nothing in {family} networks as mpm knows them; take "
+            "them out of the file if the network computes nothing with them: "
             f"{some(unknown)}"
         )
     with torch.device("meta"):
@@ -161,7 +174,8 @@ def _read(file: dict[str, Tensor], stated: Stated) -> Official:
     missing = tuple(name for name in expected if name not in state)
     if lost := [name for name in missing if name.startswith(("backbone.", "readout."))]:
         raise ValueError(
-            f"the file lacks {len(lost)} weights of the {family} network that it begins: {some(lost)}"
+            f"the file lacks weights of its {family} network, {len(lost)} in mpm's names: {some(lost)}; it may "
+            "be a part, or another architecture"
         )
     loaded = tuple(_outer(family, key) for key in file if key in taken)
     dropped = tuple(_outer(family, key) for key in dropped)
@@ -186,22 +200,31 @@ def _resized(official: Official, image_size: tuple[int, int]) -> Official:
     config, state = official.config, dict(official.state)
     trunk, channels = config["backbone"], config["channels"]
     grids = grid_of(config["image_size"], trunk["patch_size"]), grid_of(image_size, trunk["patch_size"])
+    notes = []
     prefix = "backbone."
     backbone = {
         name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)
     }
     adapted = adapt_state(backbone, grids=grids, channels=(channels, channels), depth=0)
     state |= {prefix + name: tensor for name, tensor in adapted.items()}
+    if trunk["positions"]["table"] == "sincos":
+        trunk = trunk | {"positions": trunk["positions"] | {"table": "learned"}}
+        notes.append(
+            "resampled, the sine-cosine positions are no longer those of a formula: they are learned now"
+        )
     decoder_table = "predictor.positions.table"
-    if decoder_table in state:
-        state[decoder_table] = resample_table(state[decoder_table], *grids)
+    if (table := state.get(decoder_table)) is not None and is_sincos(table, grids[0]):
+        state[decoder_table] = sincos_table(grids[1], table.shape[1]).to(table)
+        notes.append("the sine-cosine positions of the decoder are computed for the new image size")
+    elif table is not None:
+        state[decoder_table] = resample_table(table, *grids)
     keys = {"backbone.positions.table": "pos_embed", decoder_table: "decoder_pos_embed"}
     if config["family"] in LAYOUTS:
         keys |= names(config["family"], config)
     changed = [name for name, tensor in state.items() if tensor is not official.state[name]]
     resized = tuple(_outer(config["family"], keys.get(name, name)) for name in changed)
-    report = official.report._replace(resized=resized)
-    return Official({**config, "image_size": image_size}, state, report)
+    report = official.report._replace(resized=resized, notes=(*official.report.notes, *notes))
+    return Official({**config, "image_size": image_size, "backbone": trunk}, state, report)
 
 
 # Out
@@ -226,6 +249,8 @@ def to_official(
         ValueError: if the layout cannot hold the network, or the state is not of it.
     """
     chosen = layout_for(layout or config["family"], config)
+    if chosen in ("cait", "timm Cait"):
+        state, config = unit_layer_scale(state, config)
     table = names(chosen, config)
     if lost := [name for name in table if name.startswith(("backbone.", "readout.")) and name not in state]:
         raise ValueError(f"the state lacks {some(lost)} of the network that config describes")
@@ -238,37 +263,3 @@ def to_official(
                 f"{name} has no place in the {chosen} layout of the network that config describes"
             )
     return {_outer(chosen, key): tensor for key, tensor in official.items()}
-
-
-# Networks
-
-
-def network_of(config: Mapping[str, Any], *, out_dim: int = 0) -> nn.ModuleDict:
-    """The parts of a network under the names that its state has; parameters are not initialised.
-
-    Args:
-        config: facts as `load_official` gives them.
-        out_dim: width of a prediction, where it has a predictor.
-    """
-    trunk = Architecture(**config["backbone"])
-    image_size, predictor = config["image_size"], config["predictor"]
-    backbone = create_backbone(trunk, image_size=image_size, channels=config["channels"])
-    parts = nn.ModuleDict({"backbone": backbone})
-    if config["readout"] is not None:
-        readout: Any = create_readout(trunk, **config["readout"])
-        parts["readout"] = readout
-        classes = config["num_classes"]
-        if classes is not None:
-            parts["heads"] = nn.ModuleList(nn.Linear(trunk.dim, classes) for _ in range(readout.num_vectors))
-    if predictor is not None and predictor["kind"] == "linear":
-        parts["predictor"] = LinearPredictor(trunk.dim, out_dim)
-    elif predictor is not None:
-        parts["predictor"] = DecoderPredictor(
-            trunk.dim,
-            out_dim,
-            grid=backbone.grid,
-            width=predictor["dim"],
-            depth=predictor["depth"],
-            num_heads=predictor["heads"],
-        )
-    return parts

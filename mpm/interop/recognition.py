@@ -5,14 +5,13 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from mpm.interop.families import FAMILIES, decoder_heads_of, heads_of, layer_scale_of, preprocessing_of
-from mpm.interop.geometry import grid_of_positions
-from mpm.interop.keys import count, outputs_of, stem_of
+from mpm.interop.files import some
+from mpm.interop.geometry import grid_of_positions, is_sincos
+from mpm.interop.keys import count, outputs_of, ratio_of, stem_of
 from mpm.interop.tokens import TOKENS
-from mpm.patchify.positions import sincos_table
 from mpm.variants import Architecture
 
 __all__ = ["Recognized", "Stated", "recognize"]
@@ -68,7 +67,7 @@ def recognize(state: Mapping[str, Tensor], stated: Stated) -> Recognized:
         ValueError: if it is of no family, or a size cannot be told.
     """
     stem, patch_size, channels = stem_of(state)
-    blocks, has_timm_names = _blocks(state, stated)
+    blocks, has_timm_names, head_notes = _blocks(state, stated)
     class_attention = count(state, "blocks_token_only.{}.")
     _check_tokens(state, blocks["dim"], *TOKENS.values(), "pos_embed")
     trunk = Architecture(
@@ -81,7 +80,7 @@ def recognize(state: Mapping[str, Tensor], stated: Stated) -> Recognized:
     )
     image_size, positions, has_slots = _positions(state, trunk, stated)
     trunk = trunk._replace(positions=positions)
-    predictor = _predictor(state, stated)
+    predictor, decoder_notes = _predictor(state, stated)
     readout = _readout(state, trunk, class_attention, stated, is_pretrained=predictor is not None)
     layout = _layout(trunk, readout, predictor, stated, has_timm_names=has_timm_names, has_slots=has_slots)
     one = trunk.num_prefix == trunk.branches == 1
@@ -97,6 +96,7 @@ def recognize(state: Mapping[str, Tensor], stated: Stated) -> Recognized:
         facts=stated.facts,
         is_beit2=_is_beit2(state, stated),
     )
+    num_classes, alone = _classes(state, trunk, readout)
     config = {
         "family": family,
         "image_size": image_size,
@@ -104,14 +104,18 @@ def recognize(state: Mapping[str, Tensor], stated: Stated) -> Recognized:
         **preprocessing,
         "backbone": trunk._asdict(),
         "readout": readout,
-        "num_classes": outputs_of(state, "head.weight") if "head.weight" in state else None,
+        "num_classes": num_classes,
         "predictor": predictor,
     }
-    return Recognized(layout, config, tuple(key for key in state if _DROPPED.fullmatch(key)), notes)
+    dropped = tuple(key for key in state if _DROPPED.fullmatch(key))
+    notes = (*head_notes, *decoder_notes, *notes)
+    if alone:
+        notes += (f"of the classes' heads there is only {some(alone)}, so the classes are left out",)
+    return Recognized(layout, config, (*dropped, *alone), notes)
 
 
-def _blocks(state: Mapping[str, Tensor], stated: Stated) -> tuple[dict[str, Any], bool]:
-    """What fixes the blocks, and whether their names are timm's. LayerScale is there (1) or not."""
+def _blocks(state: Mapping[str, Tensor], stated: Stated) -> tuple[dict[str, Any], bool, tuple[str, ...]]:
+    """What fixes the blocks, whether their names are timm's, and notes. LayerScale is there (1) or not."""
     listed = count(state, "blocks.0.attns.{}.")
     attention, mlp = ("attns.0.attn", "ffns.0.mlp") if listed else ("attn", "mlp")
     dim = outputs_of(state, f"blocks.0.{attention}.proj.weight")
@@ -122,24 +126,19 @@ def _blocks(state: Mapping[str, Tensor], stated: Stated) -> tuple[dict[str, Any]
     bias = next((kind for kind, table in _BIASES.items() if table in state), "none")
     per_head = (*_BIASES.values(), "blocks.0.attn.proj_l.weight")
     told = [state[key].shape[-1] for key in per_head if key in state]
+    heads, notes = _heads(dim, told, stated)
     fixed: dict[str, Any] = {
         "dim": dim,
         "depth": count(state, "blocks.{}."),
-        "heads": _heads(dim, told, stated),
-        "mlp_ratio": _ratio(outputs_of(state, f"blocks.0.{mlp}.fc1.weight"), dim),
+        "heads": heads,
+        "mlp_ratio": ratio_of(outputs_of(state, f"blocks.0.{mlp}.fc1.weight"), dim),
         "branches": listed or count(state, "blocks.0.attn{}.qkv.weight"),
         "attention": "talking_heads" if has_talking_heads else "softmax",
         "qkv_bias": kinds[0] if kinds else "none",
         "layer_scale": 1.0 if is_timm_scale or "blocks.0.gamma_1" in state else None,
         "positions": {"table": "learned" if "pos_embed" in state else "none", "bias": bias},
     }
-    return fixed, bool(listed) or is_timm_scale
-
-
-def _ratio(hidden: int, dim: int) -> float:
-    """One that gives `hidden` again, for all rounding."""
-    ratio = hidden / dim
-    return ratio if int(dim * ratio) == hidden else (hidden + 0.5) / dim
+    return fixed, bool(listed) or is_timm_scale, notes
 
 
 def _check_tokens(state: Mapping[str, Tensor], dim: int, *keys: str) -> None:
@@ -151,15 +150,17 @@ def _check_tokens(state: Mapping[str, Tensor], dim: int, *keys: str) -> None:
             raise ValueError(f"{key} is {list(shape)}, where [1, {rows}, {dim}] is expected")
 
 
-def _heads(dim: int, told: list[int], stated: Stated) -> int:
-    """Heads as the file tells, else as is stated, else those that networks of this width have."""
+def _heads(dim: int, told: list[int], stated: Stated) -> tuple[int, tuple[str, ...]]:
+    """Heads as the file tells, else as is stated, else those of networks of this width, with a note."""
     known = _section(stated, "model_args").get("num_heads") if stated.heads is None else stated.heads
     heads = told[0] if told else heads_of(dim) if known is None else known
     if stated.heads not in (None, heads):
         raise ValueError(
             f"heads {stated.heads} contradicts the file, whose attention has {heads}; leave it out"
         )
-    return _divisor(heads, dim, "heads")
+    is_assumed = not told and known is None
+    notes = (f"{heads} attention heads are not told: they are as published for width {dim}",) * is_assumed
+    return _divisor(heads, dim, "heads"), notes
 
 
 def _divisor(heads: int, dim: int, argument: str) -> int:
@@ -191,24 +192,28 @@ def _positions(
         image_size=stated.image_size,
     )
     positions = dict(trunk.positions)
-    if table is not None and trunk.dim % 4 == 0:
+    if table is not None:
         slots, rows = table[0].tensor_split([-math.prod(grid)])
-        fixed = sincos_table(grid, trunk.dim).to(rows)
-        if not slots.any() and torch.allclose(rows, fixed, rtol=0, atol=1e-6):  # roundings of float32
+        if not slots.any() and is_sincos(rows, grid):
             positions["table"] = "sincos"
     has_slots = table is not None and table.shape[1] > math.prod(grid)
     return (grid[0] * trunk.patch_size[0], grid[1] * trunk.patch_size[1]), positions, has_slots
 
 
-def _predictor(state: Mapping[str, Tensor], stated: Stated) -> dict[str, Any] | None:
+def _predictor(state: Mapping[str, Tensor], stated: Stated) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """Who predicts in pretraining, if anyone, and notes."""
     if "decoder_embed.weight" in state:
         width = outputs_of(state, "decoder_embed.weight")
         _check_tokens(state, width, "decoder_pos_embed")
+        is_assumed = stated.decoder_heads is None
         heads = decoder_heads_of(width) if stated.decoder_heads is None else stated.decoder_heads
         heads = _divisor(heads, width, "decoder_heads")
-        return {"kind": "decoder", "dim": width, "depth": count(state, "decoder_blocks.{}."), "heads": heads}
+        notes = (f"{heads} heads of the decoder are not told: they are as published for width {width}",)
+        depth = count(state, "decoder_blocks.{}.")
+        predictor = {"kind": "decoder", "dim": width, "depth": depth, "heads": heads}
+        return predictor, notes * is_assumed
     has_head = ("decoder.0.weight" if stated.is_simmim else "lm_head.weight") in state
-    return {"kind": "linear"} if has_head else None
+    return {"kind": "linear"} if has_head else None, ()
 
 
 def _readout(
@@ -219,7 +224,7 @@ def _readout(
     is_fixed = trunk.positions["table"] == "sincos"
     unread = is_pretrained or "mask_token" in state or not trunk.class_token or is_fixed or pool == "avg"
     if depth:
-        ratio = _ratio(outputs_of(state, "blocks_token_only.0.mlp.fc1.weight"), trunk.dim)
+        ratio = ratio_of(outputs_of(state, "blocks_token_only.0.mlp.fc1.weight"), trunk.dim)
         readout = {"kind": "class_attention", "depth": depth, "queries": 1, "mlp_ratio": ratio}
     elif "fc_norm.weight" in state:
         readout = {"kind": "mean"}
@@ -234,6 +239,16 @@ def _readout(
             "reads the class token after the norm or the mean of patches before it; drop head.* and norm.*"
         )
     return readout
+
+
+def _classes(
+    state: Mapping[str, Tensor], trunk: Architecture, readout: Mapping[str, Any] | None
+) -> tuple[int | None, tuple[str, ...]]:
+    """Number of classes, and the keys of heads that are not all there."""
+    has_two = trunk.distillation_token and readout == {"kind": "token"}
+    whole = [f"{head}.{leaf}" for head in ("head", "head_dist")[: 1 + has_two] for leaf in ("weight", "bias")]
+    there = tuple(key for key in whole if key in state)
+    return (outputs_of(state, "head.weight"), ()) if len(there) == len(whole) else (None, there)
 
 
 def _layout(

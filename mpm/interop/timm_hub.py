@@ -1,15 +1,39 @@
 """Weights out of timm, by the name of a model."""
 
+import argparse
+import contextlib
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from mpm.interop.official import Official, class_names, load_official
-from mpm.interop.timm_twins import check_timm_model
+import torch
+from safetensors import SafetensorError
+
+from mpm.interop.facts import check_facts
+from mpm.interop.files import Weights, read_json
+from mpm.interop.official import Official, official_of
+from mpm.interop.timm_twins import check_timm_architecture, check_timm_model
 
 __all__ = ["load_timm"]
 
+# unknown names, missing or broken files, no connection, a file that would run code
+_NOT_HAD = (
+    RuntimeError,
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    AssertionError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
+
 
 def load_timm(name: str, *, image_size: tuple[int, int] | None = None) -> Official:
-    """A pretrained model of timm, in mpm's form.
+    """A pretrained model of timm, in mpm's form. No code of a file is run.
 
     Args:
         name: as `timm.create_model` takes it: `deit3_small_patch16_224.fb_in1k`, `hf-hub:owner/name` or
@@ -17,29 +41,60 @@ def load_timm(name: str, *, image_size: tuple[int, int] | None = None) -> Offici
         image_size: height and width in pixels, where positions are to be resampled.
 
     Raises:
-        ValueError: if timm has no such weights, or they cannot be had, or mpm does not know the architecture.
+        ValueError: if timm has no such weights, they cannot be had, or would run code, or mpm does not know
+            the architecture.
     """
     import timm
 
     try:
-        model: Any = timm.create_model(name, pretrained=True)
-    except (RuntimeError, OSError) as error:  # unknown names, missing files, no connection
+        _check_config(name)
+        with _plain_tensors_only():
+            model: Any = timm.create_model(name, pretrained=True)
+    except _NOT_HAD as error:
         reason = " ".join(str(error).split())
+        if "weights_only" in reason:  # torch's words, which advise to run it
+            reason = "their file would run code, and mpm reads plain tensors only"
         raise ValueError(f"timm gives no weights for {name}: {reason}") from error
     check_timm_model(model, name)
     first = model.blocks[0]
     attention = first.attn if hasattr(first, "attn") else first.attns[0].attn  # of the first parallel branch
-    facts = model.pretrained_cfg
-    official = load_official(model.state_dict(), heads=attention.num_heads, image_size=image_size)
-    classes = class_names({"pretrained_cfg": facts}, official.config["num_classes"])
-    return official._replace(config=official.config | _preprocessing(facts) | {"classes": classes})
-
-
-def _preprocessing(facts: dict[str, Any]) -> dict[str, Any]:
-    """What timm says of the images a model was trained on."""
-    return {
-        "mean": tuple(facts["mean"]),
-        "std": tuple(facts["std"]),
-        "crop": float(facts["crop_pct"]),
-        "interpolation": facts["interpolation"],
+    facts = model.pretrained_cfg | {
+        "input_size": (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
     }
+    weights = Weights(model.state_dict(), {"pretrained_cfg": facts})
+    return official_of(weights, heads=attention.num_heads, image_size=image_size)
+
+
+def _check_config(name: str) -> None:
+    """Whether the config.json of a folder or of the hub, which may be anyone's, says an architecture only.
+
+    Raises:
+        ValueError: if it does not, or mpm has not the architecture.
+    """
+    from timm.models import load_model_config_from_hf, parse_model_name
+
+    source, place = parse_model_name(name)
+    if source == "local-dir":
+        facts = read_json(Path(place) / "config.json")
+    elif source == "hf-hub":
+        pretrained_cfg, architecture, arguments = load_model_config_from_hf(place)
+        facts = {"architecture": architecture, "model_args": arguments, "pretrained_cfg": pretrained_cfg}
+    else:
+        return
+    check_facts(facts)
+    check_timm_architecture({"pretrained_cfg": {}} | facts)  # of old ones, the whole is it
+
+
+@contextlib.contextmanager
+def _plain_tensors_only() -> Iterator[None]:
+    """`torch.load` unpickles no code, whatever its caller asks for; timm 1.0.22 asks for everything."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before

@@ -1,5 +1,6 @@
 """Networks of timm whose weights have the names of mpm's, but which compute something else with them."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,33 +8,81 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mpm.interop.files import some
+
 __all__ = ["check_timm_architecture", "check_timm_model"]
 
 _BLOCKS = ("Block", "ParallelThingsBlock", "LayerScaleBlock")
 _CLASSES = ("VisionTransformer", "VisionTransformerDistilled", "Beit", "Cait")
+# an unknown model, or arguments that it does not take
+_UNMADE = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+)
+# of timm's classes; others of `create_model` load files, download, or are no part of a network
+_ARGUMENTS = {
+    "img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio",
+    "qkv_bias", "qk_norm", "init_values", "class_token", "reg_tokens", "no_embed_class", "pos_embed",
+    "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias", "use_rot_pos_emb", "depth_token_only",
+    "mlp_ratio_token_only", "global_pool", "pool_include_prefix", "fc_norm", "pre_norm", "final_norm",
+    "norm_layer", "embed_norm_layer", "act_layer", "dynamic_img_size", "dynamic_img_pad", "strict_img_size",
+    "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate",
+    "weight_init", "fix_init",
+}  # fmt: skip
 
 
 def check_timm_architecture(facts: Mapping[str, Any]) -> None:
     """Build what a config.json of timm names, without weights, and check it; others pass.
 
+    Its names and numbers are all that is taken from it: it may come from anyone.
+
     Raises:
-        ValueError: if mpm computes something else, or the installed timm does not know it.
+        ValueError: if mpm computes something else, the installed timm does not know it, or it asks for more
+            than an architecture.
     """
-    name = facts.get("architecture")
+    name, arguments = facts.get("architecture"), facts.get("model_args") or {}
     if name is None or "pretrained_cfg" not in facts:
         return
     import timm
 
+    _check_arguments(arguments)
+    classes = {"num_classes": facts["num_classes"]} if "num_classes" in facts else {}
     try:
+        # others are read from a disk or the hub
+        if not re.fullmatch(r"[\w.]+", name) or not timm.is_model(name):
+            raise RuntimeError(f"unknown model {name}")
         with torch.device("meta"):
-            model = timm.create_model(name, **(facts.get("model_args") or {}))
-    except (RuntimeError, TypeError) as error:  # an unknown model, or arguments that it does not take
+            model = timm.create_model(name, pretrained=False, **classes | arguments)
+    except _UNMADE as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"timm {timm.__version__} does not make the {name} of config.json ({reason}); update timm, or "
             "give the file of weights without config.json beside it"
         ) from error
     check_timm_model(model, name)
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Whether they are an architecture and nothing else.
+
+    Raises:
+        ValueError: if they are more.
+    """
+    if unknown := sorted(map(str, arguments.keys() - _ARGUMENTS)):
+        raise ValueError(
+            f"model_args of config.json has {some(unknown)}, which is no part of an architecture; take it out"
+        )
+    for key, value in arguments.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(item, str | int | float | None) for item in values):
+            raise ValueError(
+                f"model_args of config.json has {key} {value}, where a number or a name is expected"
+            )
 
 
 def check_timm_model(model: nn.Module, name: str) -> None:

@@ -9,7 +9,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Mlp, ParallelThingsBlock, VisionTransformer
 from torch import Tensor, nn
 
-from mpm.interop.official import network_of
+from mpm.interop.networks import network_of
 
 PATCH, SIDE, DIM, HEADS, DEPTH, CLASSES = 4, 16, 24, 3, 2, 5
 SIZES = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": DIM, "depth": DEPTH, "num_heads": HEADS}

@@ -81,10 +81,12 @@ def assert_close(output: Tensor, expected: Tensor) -> None:
         ({"readout": {"kind": "mean"}, "class_token": False}, "vit_base_patch16_224"),
         ({"positions": {"table": "none"}}, "vit_base_patch16_224"),
         ({"stem": {"kind": "linear", "norm": "layer"}}, "vit_base_patch16_224"),
+        ({"stem": {"kind": "linear", "norm": "batch", "statistics": "all"}}, "vit_base_patch16_224"),
         ({"distillation_token": True, "layer_scale": 0.1}, "deit_base_distilled_patch16_224"),
         ({"branches": 2}, "vit_small_patch16_18x2_224"),
         ({"branches": 2, "layer_scale": 0.1}, "vit_small_patch16_18x2_224"),
         (CAIT, "cait_s24_224"),
+        (CAIT | {"layer_scale": None}, "cait_s24_224"),
         (
             {"readout": {"kind": "mean"}, "qkv_bias": "query_value", "positions": {"bias": "per_block"}},
             "beit_base_patch16_224",
@@ -160,6 +162,7 @@ def test_what_timm_has_not_is_refused_and_nothing_is_left(
     ("changes", "name"),
     [
         ({"layer_scale": 0.1}, "ViTForImageClassification"),
+        ({"stem": {"kind": "linear", "norm": "batch"}}, "ViTForImageClassification"),
         pytest.param(
             {"distillation_token": True}, "DeiTForImageClassificationWithTeacher", marks=pytest.mark.slow
         ),
@@ -212,7 +215,8 @@ def test_transformers_gives_the_features_of_what_was_pretrained(
     assert exported.relative <= 1e-5
     config = json.loads((exported.path / "config.json").read_text())
     assert config["architectures"] == [name]
-    assert config.get("norm_pix_loss", True)
+    if name.startswith("ViTMAE"):
+        assert (config["norm_pix_loss"], config["mask_ratio"]) == (True, 0.6)
 
 
 # Files
@@ -303,6 +307,20 @@ def test_card_tells_what_it_is_and_how_exact(tmp_path: Path):
         assert part in card
     parameters = sum(parameter.numel() for parameter in inference_of(subject(layer_scale=0.1)).parameters())
     assert f"| parameters | {parameters:,} |" in card
+
+
+@pytest.mark.parametrize("to", ["timm", "transformers"])
+def test_card_tells_of_the_norm_that_is_folded(to: str, tmp_path: Path):
+    exported = export(subject(stem={"kind": "linear", "norm": "batch"}), tmp_path / "network", to=to)
+    assert "Batch norm of the stem is folded into its map (exact)." in exported.card.read_text()
+    assert load_official(exported.path).config["backbone"]["stem"] == {"kind": "linear"}
+
+
+def test_trunk_exported_to_timm_is_read_again(tmp_path: Path):
+    trunk = subject(readout=None, predictor={"kind": "linear"})
+    config, state, _ = load_official(export(trunk, tmp_path / "trunk", to="timm").path)
+    assert config["num_classes"] is config["readout"] is None
+    assert torch.equal(state["predictor.norm.weight"], trunk.state["predictor.norm.weight"])
 
 
 CARDS = [

@@ -110,12 +110,13 @@ def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
 def test_settings_and_results_beside_the_weights_need_none_of_their_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SimMIM keeps a configuration of yacs, others paths and NumPy's numbers."""
+    """SimMIM keeps a configuration of yacs, others paths and NumPy's numbers and arrays."""
     yacs = types.ModuleType("yacs.config")
     yacs.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})
     beside = {
         "config": yacs.CfgNode(LR=1),
         "best": np.float64(0.5),
+        "history": [np.arange(3), np.array(["a"]), np.ones((2, 2), np.float32)],
         "args": argparse.Namespace(out=Path("x")),
     }
     beside["config"].__dict__["_immutable"] = True
@@ -161,6 +162,13 @@ def test_a_file_cut_short_anywhere_is_told(tmp_path: Path, name: str) -> None:
 def test_a_file_without_weights_says_what_it_holds(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "x.pth")
     assert "holds no weights" in _refusal(tmp_path / "x.pth")
+
+
+def test_a_dict_that_holds_itself_is_told(tmp_path: Path) -> None:
+    content: dict[str, Any] = {}
+    content["model"] = content
+    torch.save(content, tmp_path / "x.pth")
+    assert "has dicts in dicts" in _refusal(tmp_path / "x.pth")
 
 
 def test_a_missing_file_is_not_found(tmp_path: Path) -> None:

@@ -15,14 +15,17 @@ from mpm.backbones.classifier import Classifier
 from mpm.backbones.create import create_backbone, create_readout
 from mpm.backbones.initialization import initialize
 from mpm.data.views import EvalView
+from mpm.interop import load_official
 from mpm.interop.files import read_weights
 from mpm.interop.huggingface import from_transformers, to_transformers
 from mpm.interop.huggingface_classes import classic
+from mpm.interop.networks import network_of
 from mpm.objectives.losses import patch_loss
 from mpm.objectives.masked import MaskedInputs, MaskedPrediction
 from mpm.objectives.predictors import DecoderPredictor, LinearPredictor
 from mpm.objectives.targets import Normalize, PixelTarget
 from mpm.patchify.masks import PatchMask
+from mpm.patchify.positions import sincos_table
 from mpm.variants import Architecture
 from tests.networks import randomize
 
@@ -40,14 +43,15 @@ SINCE_5 = pytest.mark.skipif(transformers.__version__ < "5", reason="transformer
 
 
 def theirs(name: str, **settings: Any) -> nn.Module:
-    """A network of transformers with random values everywhere; MAE's positions stay as they are."""
+    """A network of transformers with random values everywhere, but for MAE's positions, which are fixed."""
     kind = getattr(transformers, name)
     network = kind(kind.config_class(**SIZES, **settings)).double().eval()
     for path, parameter in network.named_parameters():
         if parameter.requires_grad:
-            with torch.no_grad():
-                parameter.normal_(0, 0.3)
-        assert parameter.requires_grad or "pos" in path
+            nn.init.normal_(parameter, 0, 0.3)
+        else:
+            assert "pos" in path
+            parameter.data[0, 1:] = sincos_table((4, 4), parameter.shape[-1])  # version 5 has zeros
     return network
 
 
@@ -449,6 +453,51 @@ def test_preprocessing_is_read():
     assert config["std"] == (0.4, 0.5, 0.6)
     assert config["crop"] == 0.875
     assert config["interpolation"] == "bicubic"
+
+
+def test_null_in_a_preprocessor_is_what_it_leaves_out(tmp_path: Path):
+    """Version 5 writes them."""
+    theirs("ViTModel").save_pretrained(tmp_path)
+    keys = ("image_mean", "image_std", "resample", "crop_size", "size", "do_center_crop")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict.fromkeys(keys)))
+    config = load_official(tmp_path).config
+    assert (config["mean"], config["crop"], config["interpolation"]) == ((0.5,) * 3, 1.0, "bilinear")
+
+
+@pytest.mark.parametrize(("resample", "name"), [(0, "nearest"), (1, "lanczos"), (7, "number 7")])
+def test_an_interpolation_that_mpm_has_not_becomes_bicubic_with_a_note(resample: int, name: str):
+    config, _, report = read(theirs("ViTModel"), preprocessor_config={"resample": resample})
+    assert config["interpolation"] == "bicubic"
+    assert any(f"resized by {name}" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("lost", ["cls_classifier", "distillation_classifier"])
+def test_heads_that_are_not_all_there_are_left_out(lost: str):
+    network = theirs("DeiTForImageClassificationWithTeacher")
+    state = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(lost)}
+    config, ours, report = from_transformers(state, network.config.to_dict())
+    assert config["num_classes"] is None
+    assert len(report.dropped) == 2
+    assert any("of the classes' heads there is only" in note for note in report.notes)
+    network_of(config).load_state_dict(ours)
+
+
+def test_classifier_without_its_norm_is_refused():
+    network = theirs("ViTForImageClassification")
+    state = {name: tensor for name, tensor in network.state_dict().items() if "vit.layernorm" not in name}
+    with pytest.raises(ValueError, match=r"lack readout\.norm\.weight"):
+        from_transformers(state, network.config.to_dict())
+
+
+def test_resized_mae_has_learned_positions_and_stays_what_it_is(tmp_path: Path):
+    theirs("ViTMAEForPreTraining", **DECODER).float().save_pretrained(tmp_path)
+    resized = load_official(tmp_path, image_size=24)
+    assert resized.config["backbone"]["positions"]["table"] == "learned"
+    assert torch.equal(resized.state["predictor.positions.table"], sincos_table((6, 6), 8))
+    files = to_transformers(resized.state, resized.config)
+    config, state, _ = from_transformers(files.state, files.config)
+    assert config["backbone"] == resized.config["backbone"]
+    assert_equal(state, resized.state)
 
 
 def test_masked_network_without_mask_token_says_that_it_starts_fresh():

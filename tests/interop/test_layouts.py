@@ -7,7 +7,8 @@ import torch
 
 from mpm.interop.layouts import LAYOUTS, layout_for
 from mpm.interop.names import names
-from mpm.interop.official import network_of, to_official
+from mpm.interop.networks import network_of
+from mpm.interop.official import to_official
 from mpm.variants import Architecture
 
 TOKEN, MEAN = {"kind": "token"}, {"kind": "mean"}

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpm.interop import load_official
-from mpm.interop.official import network_of, to_official
+from mpm.interop.networks import network_of
+from mpm.interop.official import to_official
 from mpm.patchify.patches import unpatchify
 from mpm.patchify.positions import sincos_table
 from mpm.variants import Architecture
@@ -174,9 +175,12 @@ def test_out_and_in_again_is_the_identity_where_timm_has_no_class(config: dict[s
     assert {key: again.config[key] for key in config} == config
 
 
-def test_a_pretrained_mae_encoder_gives_timms_features() -> None:
+@PRECISIONS
+def test_a_pretrained_mae_encoder_gives_timms_features_and_gradients(
+    dtype: torch.dtype, tolerance: float
+) -> None:
     """Its positions are fixed, and nobody reads it but the norm."""
-    theirs = randomize(VisionTransformer(**SIZES | {"num_classes": 0})).double().eval()
+    theirs = randomize(VisionTransformer(**SIZES | {"num_classes": 0})).to(dtype).eval()
     fixed = sincos_table((GRID, GRID), DIM)
     with torch.no_grad():
         theirs.pos_embed.copy_(torch.cat([torch.zeros(1, DIM), fixed])[None])
@@ -185,12 +189,23 @@ def test_a_pretrained_mae_encoder_gives_timms_features() -> None:
     assert config["family"] == "mae"
     assert config["backbone"]["positions"]["table"] == "sincos"
     assert config["readout"] is config["predictor"] is config["num_classes"] is None
-    norm = nn.LayerNorm(DIM, eps=1e-6).double()
-    norm.load_state_dict({leaf: official.state.pop(f"predictor.norm.{leaf}") for leaf in ("weight", "bias")})
-    network, images = ours(config, official.state), _images()
+    norm = nn.LayerNorm(DIM, eps=1e-6).to(dtype)
+    trunk = {name: tensor for name, tensor in official.state.items() if name.startswith("backbone.")}
+    norm.load_state_dict({leaf: official.state[f"predictor.norm.{leaf}"] for leaf in ("weight", "bias")})
+    network, images = ours(config, trunk, dtype=dtype), _images(dtype=dtype)
     encoded = network["backbone"](images)
     tokens = norm(torch.cat([encoded.prefix, encoded.patches], dim=1))
-    _assert_near(tokens, theirs.forward_features(images), 1e-9)
+    expected = theirs.forward_features(images)
+    _assert_near(tokens, expected, tolerance)
+    weights = torch.randn_like(tokens)
+    (tokens * weights).sum().backward()
+    (expected * weights).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    gradients |= {f"predictor.norm.{leaf}": parameter.grad for leaf, parameter in norm.named_parameters()}
+    renamed = to_official(official.state | gradients, config)
+    for name, parameter in theirs.named_parameters():
+        if name != "pos_embed":  # fixed
+            _assert_near(renamed[name], parameter.grad, tolerance)
 
 
 def test_pretrained_beit_predicts_codes_as_timms_trunk_and_lm_head_do() -> None:
@@ -287,6 +302,40 @@ def test_a_grid_that_is_not_square_needs_the_image_size() -> None:
     assert load_official(file, heads=HEADS, image_size=(12, 16)).config["image_size"] == (12, 16)
 
 
+def test_an_image_size_that_fits_the_positions_is_that_of_the_file() -> None:
+    """64 patches could be 8x8, too."""
+    theirs = randomize(VisionTransformer(**SIZES | {"img_size": (8, 32), "patch_size": 2})).double().eval()
+    file = theirs.state_dict()
+    official = load_official(file, heads=HEADS, image_size=(8, 32))
+    assert official.report.resized == ()
+    images = torch.randn(2, 3, 8, 32).double()
+    _assert_near(logits(ours(official.config, official.state), images), theirs(images), 1e-9)
+    assert load_official(file, heads=HEADS).config["image_size"] == (16, 16)
+    other = load_official(file, heads=HEADS, image_size=(8, 16))  # 32 patches: of the square
+    image = rearrange(file["pos_embed"][:, 1:], "1 (h w) d -> 1 d h w", h=8)
+    resampled = F.interpolate(image.float(), size=(4, 8), mode="bicubic", align_corners=False)
+    table = other.state["backbone.positions.table"].float()
+    torch.testing.assert_close(table, resampled[0].flatten(1).T)
+
+
+def test_a_resized_mae_says_that_its_positions_are_learned_and_stays_what_it_is() -> None:
+    config = _config("mae", predictor=DECODER, positions=SINCOS)
+    state = _state(config)
+    state["predictor.positions.table"] = sincos_table((GRID, GRID), 16)
+    options: dict[str, Any] = {"heads": HEADS, "decoder_heads": 2}
+    official = load_official(to_official(state, config), **options, image_size=(24, 32))
+    assert official.config["backbone"]["positions"] == LEARNED
+    assert torch.equal(official.state["predictor.positions.table"], sincos_table((6, 8), 16))
+    assert sum("sine-cosine positions" in note for note in official.report.notes) == 2
+    written = to_official(official.state, official.config)
+    again = load_official(written, **options, image_size=(24, 32))
+    assert again.config == official.config
+    assert again.report.resized == ()
+    _assert_identical(again.state, official.state)
+    same = load_official(to_official(state, config), **options, image_size=(SIDE, SIDE))
+    assert same.config["backbone"]["positions"] == SINCOS
+
+
 def test_files_are_read_with_what_stands_beside_the_weights(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
@@ -311,20 +360,41 @@ def test_beit2_is_told_by_the_name_of_its_file(tmp_path: Path) -> None:
         torch.save({"model": state}, tmp_path / name)
         official = load_official(tmp_path / name)
         assert official.config["mean"][0] == mean
-        assert any("BEiT v2" in note for note in official.report.notes) == (mean == 0.5)
+        assert any("of BEiT v2 and SimMIM" in note for note in official.report.notes) == (mean == 0.5)
 
 
 def test_a_class_slot_is_noted() -> None:
     file = published(CASES["deit"]).state_dict()
     assert "added to the token" in load_official(file, heads=HEADS).report.notes[0]
     file["pos_embed"][:, 0] = 0
-    assert load_official(file, heads=HEADS).report.notes == ()
+    assert not any("added" in note for note in load_official(file, heads=HEADS).report.notes)
 
 
-def test_missing_heads_and_predictors_are_listed_and_start_afresh() -> None:
-    file = published(CASES["deit distilled"]).state_dict()
-    del file["head_dist.weight"], file["head_dist.bias"]
-    assert load_official(file, heads=HEADS).report.missing == ("heads.1.weight", "heads.1.bias")
+def test_what_is_assumed_of_heads_and_preprocessing_is_noted() -> None:
+    wide = {"embed_dim": 192, "depth": 1, "num_classes": 0}
+    notes = load_official(VisionTransformer(**SIZES | wide).state_dict()).report.notes
+    assert any(
+        "3 attention heads are not told: they are as published for width 192" in note for note in notes
+    )
+    (note,) = (note for note in notes if "mean, std, crop" in note)
+    assert "of the published deit networks; timm's own ViTs have the same keys, and mean and std 0.5" in note
+    notes = load_official(published(CASES["deit"]).state_dict(), heads=HEADS).report.notes
+    assert not any("heads" in note for note in notes)
+    config = _config("mae", predictor=DECODER | {"dim": 512, "heads": 16}, positions=SINCOS)
+    notes = load_official(to_official(_state(config), config), heads=HEADS).report.notes
+    assert any("16 heads of the decoder are not told" in note for note in notes)
+
+
+@pytest.mark.parametrize("lost", [("head_dist.",), ("head.",), ("head.bias",), ("head.bias", "head_dist.")])
+def test_heads_that_are_not_all_there_are_left_out(lost: tuple[str, ...]) -> None:
+    file = _without(*lost)(published(CASES["deit distilled"]).state_dict())
+    config, state, report = load_official(file, heads=HEADS)
+    assert config["num_classes"] is None
+    assert report.missing == ()
+    assert set(report.dropped) == {key for key in file if key.startswith("head")}
+    assert any("of the classes' heads there is only" in note for note in report.notes)
+    ours(config, state)  # loads strictly
+    assert set(report.loaded) | set(report.dropped) == file.keys()
 
 
 def _without(*keys: str) -> Any:
@@ -341,14 +411,27 @@ def _renamed(file: dict[str, Tensor]) -> dict[str, Tensor]:
 
 NORM = {"blocks.1.norm1.weight": torch.ones(3)}
 REFUSED = {
-    "a key too many": ("deit", _with(rope=torch.ones(1)), r"1 of 33 keys are nothing .* deit networks: rope"),
+    "a key too many": (
+        "deit",
+        _with(rope=torch.ones(1)),
+        r"1 of 33 keys mean nothing in deit networks .*: rope",
+    ),
     "no first block": ("deit", _without("blocks.0."), r"blocks\.0\..* is missing"),
     "a weight is missing": (
         "deit",
         _without("blocks.1.mlp.fc1.bias"),
-        r"lacks 1 weights .*1\.mlp\.fc1\.bias",
+        r"lacks weights of its deit network, 1 .*1\.mlp\.fc1\.bias",
     ),
-    "no norm before the head": ("deit", _without("norm."), r"lacks 2 weights .*readout\.norm"),
+    "not finite": (
+        "deit",
+        _with(**{"norm.bias": torch.full((DIM,), torch.nan)}),
+        r"weights that are not finite: norm\.bias",
+    ),
+    "no norm before the head": (
+        "deit",
+        _without("norm."),
+        r"lacks weights of its deit network, 2 .*readout\.norm",
+    ),
     "no positions": ("deit", _without("pos_embed"), r"rotary"),
     "no stem": ("deit", _without("patch_embed"), r"patch_embed\.proj\.weight is missing"),
     "another shape": ("deit", _with(**NORM), r"norm1\.weight is \[3\], where \[24\]"),
@@ -368,7 +451,7 @@ def test_what_nothing_explains_is_refused(case: str, change: Any, message: str) 
 @pytest.mark.parametrize(
     ("case", "heads", "message"),
     [
-        ("deit", None, "the width 24 .* give heads="),
+        ("deit", None, "the width 24 .* give heads,"),
         ("deit", 5, "heads 5 does not divide the width 24"),
         ("deit", 0, "heads 0 does not divide the width 24"),
         ("deit", -3, "heads -3 does not divide the width 24"),
@@ -384,7 +467,7 @@ def test_heads_are_told_or_asked_for(case: str, heads: int | None, message: str)
 def test_a_decoder_is_asked_for_its_heads_and_may_not_move_the_class_token() -> None:
     config = WITHOUT_TIMM["mae, full"]
     file = to_official(_state(config), config)
-    with pytest.raises(ValueError, match=r"the width 16 .* give decoder_heads="):
+    with pytest.raises(ValueError, match=r"the width 16 .* give decoder_heads,"):
         load_official(file, heads=HEADS)
     file["decoder_pos_embed"] = torch.ones(1, 17, 16)
     with pytest.raises(ValueError, match="decoder_pos_embed is not 0"):

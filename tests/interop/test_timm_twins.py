@@ -66,6 +66,45 @@ def test_the_architecture_in_config_json_is_checked(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_args": SIZES | {"checkpoint_path": "BAIT"}}, "has checkpoint_path, which is no part of an"),
+        (
+            {"model_args": SIZES | {"pretrained": True, "pretrained_cfg": {"url": "http://127.0.0.1:9/x"}}},
+            "has pretrained, pretrained_cfg, which is no part of an architecture",
+        ),
+        ({"model_args": SIZES | {"embed_dim": {"a": 1}}}, "has embed_dim {'a': 1}, where a number or a name"),
+        ({"model_args": SIZES | {"img_size": [[4]]}}, r"has img_size \[\[4\]\], where a number or a name"),
+        ({"model_args": SIZES | {"patch_size": 0}}, "does not make the vit_tiny_patch16_224"),
+        ({"architecture": "hf-hub:someone/evil"}, "unknown model hf-hub:someone/evil"),
+        ({"architecture": "local-dir:BAIT"}, "unknown model local-dir:"),
+        (
+            {"architecture": "vit_tiny_patch16_224.a/resnet18"},
+            "unknown model vit_tiny_patch16_224.a/resnet18",
+        ),
+        ({"architecture": "resnet18", "model_args": {}}, "timm's ResNet"),
+    ],
+)
+def test_config_json_runs_and_downloads_nothing(
+    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("it reached for weights")
+
+    for loader in ("load_pretrained", "load_state_dict_from_url", "load_state_dict_from_path"):
+        monkeypatch.setattr(timm.models._builder, loader, fail)
+    monkeypatch.setattr(timm.models._factory, "load_checkpoint", fail)
+    monkeypatch.setattr(timm.models._factory, "load_model_config_from_hf", fail)
+    save_file(published(CASES["deit"], dtype=torch.float32).state_dict(), tmp_path / "model.safetensors")
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": SIZES, "pretrained_cfg": {}} | changes
+    (tmp_path / "config.json").write_text(json.dumps(config).replace("BAIT", str(tmp_path)))
+    with pytest.raises(ValueError, match=message) as error:
+        load_official(tmp_path)
+    assert "\n" not in str(error.value)
+    assert "reached" not in str(error.value)
+
+
 def test_rotary_networks_with_positions_are_told_by_their_names() -> None:
     """The official families have either LayerScale under this name, or a class slot."""
     state = Eva(**SIZES, init_values=0.1, use_rot_pos_emb=True, qkv_fused=False).state_dict()

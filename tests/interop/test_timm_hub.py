@@ -1,0 +1,132 @@
+"""Models of timm by name; what a folder says is run by nobody."""
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from mpm.interop.timm_hub import load_timm
+from tests.interop.published import CASES, CLASSES, HEADS, SIDE, SIZES, published
+
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+CLASS_NAMES = [f"class {index}" for index in range(CLASSES)]
+
+
+class Shell:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+def write_folder(folder: Path, **arguments: Any) -> Path:
+    """A folder as timm reads it, with the weights of a tiny ViT."""
+    folder.mkdir(exist_ok=True)
+    save_file(published(CASES["deit"], dtype=torch.float32).state_dict(), folder / "model.safetensors")
+    preprocessing = {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1], "crop_pct": 0.8, "interpolation": "lanczos"}
+    facts = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": CLASSES,
+        "label_names": CLASS_NAMES,
+        "model_args": SIZES | arguments,
+        "pretrained_cfg": preprocessing | {"input_size": [3, SIDE, SIDE], "num_classes": CLASSES},
+    }
+    (folder / "config.json").write_text(json.dumps(facts))
+    return folder
+
+
+def test_a_folder_is_read_with_its_facts(tmp_path: Path) -> None:
+    config, state, report = load_timm(f"local-dir:{write_folder(tmp_path / 'x')}")
+    assert config["backbone"]["heads"] == HEADS
+    assert (config["mean"], config["crop"], config["image_size"]) == ((0.1, 0.2, 0.3), 0.8, (SIDE, SIDE))
+    assert config["classes"] == tuple(CLASS_NAMES)
+    assert config["interpolation"] == "bicubic"
+    assert ["lanczos" in note for note in report.notes if "resized by" in note] == [True]
+    assert not any("not told" in note for note in report.notes)
+    expected = timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True).state_dict()
+    assert torch.equal(state["heads.0.weight"], expected["head.weight"])
+
+
+def test_positions_are_resampled_from_the_grid_of_the_model(tmp_path: Path) -> None:
+    """16 patches: 4x4 by the model, whatever else they could be."""
+    official = load_timm(f"local-dir:{write_folder(tmp_path / 'x')}", image_size=(8, 32))
+    assert official.config["image_size"] == (8, 32)
+    assert official.report.resized == ("pos_embed",)
+
+
+@pytest.mark.parametrize("as_old_timm", [False, True])
+def test_a_file_that_would_run_code_is_refused_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_old_timm: bool
+) -> None:
+    """timm 1.0.22 loads with weights_only=False."""
+    bait = tmp_path / "ran"
+    folder = write_folder(tmp_path / "x")
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": Shell(f"touch {bait}")}, folder / "pytorch_model.bin")
+    builder = timm.models._builder
+    if as_old_timm:
+        loader = functools.partial(builder.load_state_dict_from_path, weights_only=False)
+        monkeypatch.setattr(builder, "load_state_dict_from_path", loader)
+    with pytest.raises(ValueError, match="would run code, and mpm reads plain tensors only") as error:
+        load_timm(f"local-dir:{folder}")
+    assert "\n" not in str(error.value)
+    assert not bait.exists()
+    if as_old_timm:  # it is the variable that keeps it from running
+        with pytest.raises((RuntimeError, AttributeError, TypeError)):
+            timm.create_model(f"local-dir:{folder}", pretrained=True)
+        assert bait.exists()
+
+
+@pytest.mark.parametrize("before", [None, "0", "1"])
+def test_the_environment_is_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    monkeypatch.delenv(FORCE, raising=False)
+    if before is not None:
+        monkeypatch.setenv(FORCE, before)
+    load_timm(f"local-dir:{write_folder(tmp_path / 'x')}")
+    with pytest.raises(ValueError, match="gives no weights"):
+        load_timm(f"local-dir:{tmp_path}")
+    assert os.environ.get(FORCE) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"checkpoint_path": "evil.pth"}, "model_args of config.json has checkpoint_path, which is no part"),
+        ({"pretrained_cfg_overlay": {"url": "x"}}, "has pretrained_cfg_overlay"),
+        ({"num_heads": "a"}, r"has model_args\.num_heads 'a', where a positive integer"),
+        ({"act_layer": "quick_gelu"}, "an activation other than GELU"),
+    ],
+)
+def test_a_config_that_says_more_than_an_architecture_is_refused(
+    tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        load_timm(f"local-dir:{write_folder(tmp_path / 'x', **arguments)}")
+    assert "\n" not in str(error.value)
+
+
+def test_the_config_of_the_hub_is_checked_before_its_weights_are_fetched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    facts: Any = ({}, "vit_tiny_patch16_224", {"checkpoint_path": "evil.pth"})
+    monkeypatch.setattr(timm.models, "load_model_config_from_hf", lambda name: facts)
+    with pytest.raises(ValueError, match="has checkpoint_path, which is no part"):
+        load_timm("hf-hub:someone/evil")
+
+
+@pytest.mark.parametrize("name", ["vit_of_tomorrow", "local-dir:nowhere", "swift:x/y"])
+def test_what_timm_has_not_is_told_in_one_line(name: str) -> None:
+    with pytest.raises(ValueError, match=f"timm gives no weights for {name}") as error:
+        load_timm(name)
+    assert "\n" not in str(error.value)
