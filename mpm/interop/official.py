@@ -174,8 +174,8 @@ def _read(file: dict[str, Tensor], stated: Stated) -> Official:
     missing = tuple(name for name in expected if name not in state)
     if lost := [name for name in missing if name.startswith(("backbone.", "readout."))]:
         raise ValueError(
-            f"the file lacks weights of its {family} network, {len(lost)} in mpm's names: {some(lost)}; it may "
-            "be a part, or another architecture"
+            f"the file lacks weights of its {family} network, {len(lost)} in mpm's names: {some(lost)}; "
+            "it may be a part, or another architecture"
         )
     loaded = tuple(_outer(family, key) for key in file if key in taken)
     dropped = tuple(_outer(family, key) for key in dropped)
