@@ -155,7 +155,7 @@ def without_gradient(config: PretrainConfig) -> list[str]:
     device = torch.device("cpu")
     data = config.data
     images = build.source(data, image_size=data.image_size, channels=data.channels, labelled=False)
-    normalize = Normalize(*build.statistics(data.mean, data.std))
+    normalize = Normalize(*build.statistics("imagenet", "imagenet"))
     target = build.target(config, normalize)
     torch.manual_seed(0)
     objective = build.objective(config, target.out_dim)
