@@ -1,6 +1,5 @@
 """Weights that others trained, in mpm's form: read where they lie, or written to a folder."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,6 @@ from mpm.interop.official import Official, load_official
 from mpm.interop.timm_hub import load_timm
 
 __all__ = ["TIMM", "fetch", "imported_config", "write_imported"]
-
-log = logging.getLogger(__name__)
 
 TIMM = "timm:"
 

@@ -150,26 +150,28 @@ class Backbone(Section):
         Raises:
             ValueError: if another key is stated here and differs from `other`; of a variant, its sizes count.
         """
-        theirs = other.resolved()._asdict()
-        named = architecture(self.variant)._asdict() if self.variant is not None else {}
-        ours = {key: named[key] for key in SIZES if key in named} | self._stated()
-        free: dict[str, Any] = {key: ours.pop(key) for key in ("drop_path", "drop_path_rule") if key in ours}
+        stated, theirs = self._stated(), other.resolved()._asdict()
+        free: dict[str, Any] = {
+            key: stated.pop(key) for key in ("drop_path", "drop_path_rule") if key in stated
+        }
         if self.initialization is not None:  # of what starts afresh
             free["initialization"] = self.initialization
-        for key, value in sorted(ours.items()):
+        named = architecture(self.variant)._asdict() if self.variant is not None else {}
+        for key, value in ({key: named[key] for key in SIZES if key in named} | stated).items():
             their = theirs[key]
             if key == "positions":
                 their = {name: their[name] for name in value}
-            if value != their and key in named and key not in self._stated():
-                raise ValueError(
-                    f"backbone.variant {self.variant} has {key} {value}, the checkpoint {their}; "
-                    "name the checkpoint's own variant or sizes, or choose another init.checkpoint"
-                )
-            if value != their:
+            if value == their:
+                continue
+            if key in stated:
                 raise ValueError(
                     f"backbone.{key} {value} is not the checkpoint's, {their}; "
                     "leave it out, or choose another init.checkpoint"
                 )
+            raise ValueError(
+                f"backbone.variant {self.variant} has {key} {value}, the checkpoint {their}; "
+                "name the checkpoint's own variant or sizes, or choose another init.checkpoint"
+            )
         return other.model_copy(update=free)
 
     def in_full(self, *, classifier: bool) -> "Backbone":

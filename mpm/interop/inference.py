@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from mpm.backbones.attention import RelativePositionBias
 from mpm.backbones.backbone import Backbone
 from mpm.backbones.classifier import Classifier
 from mpm.backbones.create import create_backbone, create_readout
@@ -101,9 +100,6 @@ def inference_of(subject: Subject) -> Inference:
     config, state = subject.config, subject.state
     architecture = Architecture(**config["backbone"])
     backbone = create_backbone(architecture, image_size=config["image_size"], channels=config["channels"])
-    for part in backbone.modules():
-        if isinstance(part, RelativePositionBias):
-            part.reset_parameters()  # the index, which no state holds
     classifier = None
     if subject.is_classifier:
         readout = create_readout(architecture, **config["readout"])
