@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mpm import configfile
-from mpm.commands.words import FREE_TO_CHANGE, is_first_process, parse
+from mpm.commands.words import FREE_TO_CHANGE, parse
 from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig
+from mpm.launch import give_way, is_first_process
 
 __all__ = ["main"]
 
@@ -56,7 +57,10 @@ def main(arguments: Sequence[str] | None = None, *, command: str | None = None) 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except configfile.ConfigError as error:  # the same on every process
-        return _complain(error, _USAGE) if is_first_process() else _USAGE
+        if is_first_process():
+            return _complain(error, _USAGE)
+        give_way()
+        return _USAGE
     except Exception as error:
         if not _is_foreseen(error):
             raise

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mpm import checkpoint, configfile, distributed
 from mpm.backbones.blocks import Block, ClassAttentionBlock, ParallelBlock
 from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig
+from mpm.launch import give_way
 from mpm.training.allocator import keep_freed_memory
 from mpm.training.reporting import Reporter
 
@@ -47,6 +48,7 @@ def started(config: PretrainConfig | FinetuneConfig | ImportedConfig) -> Iterato
     except Exception as error:
         if distributed.fails_first():
             raise
+        give_way()
         raise SystemExit(1) from error
     finally:
         _stop_logging_to_files()

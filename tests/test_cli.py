@@ -286,3 +286,23 @@ def test_crash_of_ours_keeps_its_traceback(
     monkeypatch.setitem(cli._COMMANDS, "config", broken)
     with pytest.raises(ValueError, match="cannot reshape"):
         cli.main(["config", str(DEBUG)])
+
+
+@pytest.mark.parametrize("word", ["optim.lr=fast", "--nonsense"])
+def test_second_process_lets_the_first_say_what_is_wrong(
+    word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun ends all processes when one has ended, so the silent one has to outlive the one that speaks."""
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    told = {}
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        try:
+            status: object = cli.main(["--config", str(DEBUG), word], command="pretrain")
+        except SystemExit as end:
+            status = end.code
+        assert status == 2
+        told[rank] = bool(capsys.readouterr().err), bool(waited)
+    assert told == {"0": (True, False), "1": (False, True)}

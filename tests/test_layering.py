@@ -13,6 +13,7 @@ PACKAGE = ROOT / "mpm"
 # What each part of mpm may import of the others. All may import `distributed`, and parts of themselves.
 ARROWS: dict[str, set[str]] = {
     "distributed": set(),
+    "launch": set(),
     "variants": set(),
     "config": {"variants"},
     "configfile": {"config", "variants"},

@@ -5,21 +5,21 @@ import os
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["FREE_TO_CHANGE", "is_first_process", "parse"]
+from mpm.launch import give_way, is_first_process
+
+__all__ = ["FREE_TO_CHANGE", "parse"]
 
 FREE_TO_CHANGE = ("run", "data.test", "data.test_crop", "data.interpolation")  # when evaluating
 _USAGE = 2
 
 
-def is_first_process() -> bool:
-    """Whether this is the process that talks, before torch knows."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         told = f"mpm: {message}; see {self.prog} --help\n"
-        self.exit(_USAGE, told if is_first_process() else None)
+        if not is_first_process():
+            give_way()
+            self.exit(_USAGE)
+        self.exit(_USAGE, told)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
