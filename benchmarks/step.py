@@ -129,7 +129,7 @@ def mpm_objective(config: Any, device: torch.device) -> tuple[Any, Any]:
     """What is trained, and what prepares its inputs."""
     from mpm import build
     from mpm.objectives.prepare import PrepareMasked
-    from mpm.objectives.targets import Normalize
+    from mpm.patchify.pixels import Normalize
 
     normalize = Normalize(*build.IMAGENET).to(device)
     target = build.target(config, normalize)

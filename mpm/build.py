@@ -26,8 +26,9 @@ from mpm.objectives.masked import MaskedPrediction
 from mpm.objectives.predictors import DecoderPredictor, LinearPredictor, Predictor
 from mpm.objectives.prepare import Mixing, PrepareLabelled
 from mpm.objectives.supervised import Classification, binary_cross_entropy, cross_entropy
-from mpm.objectives.targets import Normalize, PixelTarget, Target
+from mpm.objectives.targets import PixelTarget, Target
 from mpm.patchify.masks import BlockMask, MaskSampler, RandomMask
+from mpm.patchify.pixels import Normalize
 from mpm.training.optimizer import create_adamw, parameter_groups
 from mpm.training.schedule import cosine, multistep
 

@@ -20,10 +20,9 @@ from mpm.evaluation.accuracy import Accuracy, confusion_picture, evaluate
 from mpm.inheritance import inherit, start_from, with_data
 from mpm.labelled import LabelledData, open_labelled
 from mpm.network import read_trunk
-from mpm.objectives.prepare import to_unit
 from mpm.objectives.supervised import Classification
-from mpm.objectives.targets import Normalize
 from mpm.patchify.norms import recalibrate
+from mpm.patchify.pixels import Normalize, to_unit
 from mpm.run import Run, compile_blocks, log_facts, parallel, seed_everything, started, write_picture
 from mpm.training.ceiling import matmul_flops_per_s
 from mpm.training.ema import create_ema

@@ -17,9 +17,9 @@ from mpm.evaluation.features import Features, extract, feature_std, rank_me
 from mpm.evaluation.knn import knn_accuracy
 from mpm.objectives.masked import MaskedPrediction
 from mpm.objectives.pictures import reconstructions
-from mpm.objectives.prepare import to_unit
-from mpm.objectives.targets import Normalize, Target
+from mpm.objectives.targets import Target
 from mpm.patchify.masks import PatchMask
+from mpm.patchify.pixels import Normalize, to_unit
 
 __all__ = ["Monitor"]
 

@@ -18,9 +18,8 @@ from mpm.data.images import read_image
 from mpm.data.loading import stack
 from mpm.data.views import EvalView
 from mpm.imported import TIMM, fetch, imported_config
-from mpm.objectives.prepare import to_unit
-from mpm.objectives.targets import Normalize
 from mpm.patchify.patches import grid_of
+from mpm.patchify.pixels import Normalize, to_unit
 
 __all__ = ["Network", "Trunk", "config_of", "is_checkpoint", "load", "part_of", "read_trunk"]
 

@@ -12,7 +12,7 @@ from mpm.network import Trunk, read_trunk
 from mpm.objectives.cost import masked_macs
 from mpm.objectives.masked import MaskedPrediction
 from mpm.objectives.prepare import PrepareMasked
-from mpm.objectives.targets import Normalize
+from mpm.patchify.pixels import Normalize
 from mpm.run import Run, compile_blocks, log_facts, parallel, seed_everything, started, write_picture
 from mpm.training.ceiling import matmul_flops_per_s
 from mpm.training.loop import StopRequest, train_steps

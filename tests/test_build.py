@@ -14,8 +14,8 @@ from mpm.configfile import load
 from mpm.inheritance import inherit
 from mpm.network import Trunk
 from mpm.objectives.masked import MaskedInputs, MaskedPrediction
-from mpm.objectives.targets import Normalize
 from mpm.patchify.masks import PatchMask
+from mpm.patchify.pixels import Normalize
 
 ROOT = Path(__file__).parents[1] / "configs"
 NAMES = [str(path.relative_to(ROOT).with_suffix("")) for path in sorted(ROOT.rglob("*.yaml"))]

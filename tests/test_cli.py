@@ -292,7 +292,7 @@ def test_crash_of_ours_keeps_its_traceback(
 def test_second_process_lets_the_first_say_what_is_wrong(
     word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """torchrun ends all processes when one has ended, so the silent one has to outlive the one that speaks."""
+    """torchrun ends all processes when one has ended, so the silent one has to outlive the other."""
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
     told = {}

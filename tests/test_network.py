@@ -9,7 +9,7 @@ import torch
 import mpm
 from mpm import build, checkpoint
 from mpm.finetuning import finetune
-from mpm.objectives.targets import Normalize
+from mpm.patchify.pixels import Normalize
 from mpm.pretraining import pretrain
 from tests.integration.settings import finetune_config, pretrain_config
 

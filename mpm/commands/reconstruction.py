@@ -14,8 +14,8 @@ from mpm.data.channels import to_unit_range
 from mpm.data.views import EvalView
 from mpm.network import config_of
 from mpm.objectives.pictures import reconstructions
-from mpm.objectives.targets import Normalize
 from mpm.patchify.masks import PatchMask
+from mpm.patchify.pixels import Normalize
 from mpm.run import write_picture
 
 __all__ = ["reconstruct"]

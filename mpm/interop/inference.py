@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mpm.backbones.backbone import Backbone
 from mpm.backbones.classifier import Classifier
 from mpm.backbones.create import create_backbone, create_readout
-from mpm.objectives.targets import Normalize
+from mpm.patchify.pixels import Normalize
 from mpm.variants import Architecture
 
 __all__ = ["Inference", "Subject", "Written", "inference_of"]

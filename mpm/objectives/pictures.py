@@ -5,9 +5,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpm.objectives.masked import MaskedPrediction
-from mpm.objectives.targets import Normalize, Target
+from mpm.objectives.targets import Target
 from mpm.patchify.masks import PatchMask
 from mpm.patchify.patches import patchify, unpatchify
+from mpm.patchify.pixels import Normalize
 
 __all__ = ["displayable", "reconstructions"]
 

@@ -9,24 +9,11 @@ from torch.nn import functional as F
 
 from mpm.objectives.masked import MaskedInputs
 from mpm.objectives.supervised import LabelledInputs
-from mpm.objectives.targets import Normalize, Target
+from mpm.objectives.targets import Target
 from mpm.patchify.masks import PatchMask
+from mpm.patchify.pixels import Normalize, to_unit
 
-__all__ = ["Mixing", "PrepareLabelled", "PrepareMasked", "to_unit"]
-
-
-def to_unit(images: Tensor, device: torch.device) -> Tensor:
-    """Images uint8, or float32 in [0,1], to float32 in [0,1] on the device.
-
-    Raises:
-        ValueError: for other integers, whose white is unknown.
-    """
-    images = images.to(device, non_blocking=True)
-    if images.dtype == torch.uint8:
-        return images.float().div_(255)
-    if not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype}; give uint8, or float32 in [0, 1]")
-    return images
+__all__ = ["Mixing", "PrepareLabelled", "PrepareMasked"]
 
 
 class _MaskedBatch(Protocol):

@@ -2,13 +2,13 @@
 
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from mpm.patchify.masks import PatchMask
 from mpm.patchify.patches import patchify, unpatchify
+from mpm.patchify.pixels import Normalize
 
-__all__ = ["Normalize", "PixelTarget", "Target"]
+__all__ = ["PixelTarget", "Target"]
 
 
 class Target(Protocol):
@@ -27,31 +27,6 @@ class Target(Protocol):
     def render(self, predictions: Tensor, images: Tensor, mask: PatchMask) -> Tensor:
         """Predictions [B,M,F] drawn into the images [B,C,H,W] in [0,1] at masked patches: [B,C,H,W]."""
         ...
-
-
-class Normalize(nn.Module):
-    """Images in [0,1] to zero mean and unit deviation per channel, and back.
-
-    Args:
-        mean: per channel, in [0,1].
-        std: per channel, in [0,1].
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B,C,H,W] -> [B,C,H,W]."""
-        return (images - self.mean) / self.std
-
-    def undo(self, images: Tensor) -> Tensor:
-        """The inverse."""
-        return images * self.std + self.mean
 
 
 class PixelTarget(nn.Module):

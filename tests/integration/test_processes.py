@@ -17,7 +17,7 @@ from mpm import build, checkpoint, distributed
 from mpm.config import PretrainConfig
 from mpm.finetuning import finetune
 from mpm.objectives.prepare import PrepareMasked
-from mpm.objectives.targets import Normalize
+from mpm.patchify.pixels import Normalize
 from mpm.pretraining import pretrain
 from mpm.training.loop import train_steps
 from tests.integration.runs import ROOT, assert_identical, everything_saved, metrics

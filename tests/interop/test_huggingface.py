@@ -23,8 +23,9 @@ from mpm.interop.networks import network_of
 from mpm.objectives.losses import patch_loss
 from mpm.objectives.masked import MaskedInputs, MaskedPrediction
 from mpm.objectives.predictors import DecoderPredictor, LinearPredictor
-from mpm.objectives.targets import Normalize, PixelTarget
+from mpm.objectives.targets import PixelTarget
 from mpm.patchify.masks import PatchMask
+from mpm.patchify.pixels import Normalize
 from mpm.patchify.positions import sincos_table
 from mpm.variants import Architecture
 from tests.networks import randomize

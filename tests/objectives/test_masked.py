@@ -13,8 +13,9 @@ from mpm.backbones.initialization import initialize
 from mpm.objectives.losses import patch_loss
 from mpm.objectives.masked import MaskedInputs, MaskedPrediction
 from mpm.objectives.predictors import DecoderPredictor, LinearPredictor
-from mpm.objectives.targets import Normalize, PixelTarget
+from mpm.objectives.targets import PixelTarget
 from mpm.patchify.masks import PatchMask
+from mpm.patchify.pixels import Normalize
 from mpm.patchify.positions import sincos_table
 from mpm.patchify.stems import LinearStem
 from tests.networks import (

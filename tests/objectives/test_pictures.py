@@ -3,7 +3,8 @@ import torch
 
 from mpm.backbones.initialization import initialize
 from mpm.objectives.pictures import displayable, reconstructions
-from mpm.objectives.targets import Normalize, PixelTarget
+from mpm.objectives.targets import PixelTarget
+from mpm.patchify.pixels import Normalize
 from tests.networks import GRID, make_backbone, make_masked, random_mask, with_hidden
 
 NORMALIZE = Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))

@@ -9,8 +9,9 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpm.objectives.prepare import Mixing, PrepareLabelled, PrepareMasked, to_unit
-from mpm.objectives.targets import Normalize, PixelTarget
+from mpm.objectives.prepare import Mixing, PrepareLabelled, PrepareMasked
+from mpm.objectives.targets import PixelTarget
+from mpm.patchify.pixels import Normalize, to_unit
 from tests.networks import random_mask
 
 CPU = torch.device("cpu")

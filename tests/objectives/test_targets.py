@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from mpm.objectives.targets import Normalize, PixelTarget
+from mpm.objectives.targets import PixelTarget
+from mpm.patchify.pixels import Normalize
 from tests.networks import GRID, random_mask, with_hidden
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)

@@ -1,0 +1,1 @@
+"""Images to codes: what a masked objective can predict in place of pixels."""
