@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mpm import configfile
 from mpm.commands.words import FREE_TO_CHANGE, parse
-from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig
+from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig, TokenizerConfig
 from mpm.launch import give_way, is_first_process
 
 __all__ = ["main"]
@@ -100,7 +100,8 @@ def _log_to_stderr() -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> None:
-    config = configfile.load(options.config, options.words, PretrainConfig).config
+    model = configfile.pretraining_model_of(options.config)
+    config = configfile.load(options.config, options.words, model).config
     from mpm.pretraining import pretrain
 
     _train(pretrain, config, dry_run=options.dry_run)
@@ -113,7 +114,9 @@ def _finetune(options: argparse.Namespace) -> None:
     _train(finetune, config, dry_run=options.dry_run)
 
 
-def _train(train: Callable[..., None], config: PretrainConfig | FinetuneConfig, *, dry_run: bool) -> None:
+def _train(
+    train: Callable[..., None], config: PretrainConfig | TokenizerConfig | FinetuneConfig, *, dry_run: bool
+) -> None:
     if not dry_run:
         train(config)
         return
@@ -122,6 +125,13 @@ def _train(train: Callable[..., None], config: PretrainConfig | FinetuneConfig, 
     rehearse(train, config)
     if is_first_process():
         print(f"dry run: two steps, a save and a load went well; {config.run.output_dir} is as it was")
+
+
+def _tokenize(options: argparse.Namespace) -> None:
+    config = configfile.load(options.config, options.words, PretrainConfig).config
+    from mpm.commands.tokenizing import tokenize
+
+    print(tokenize(config))
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -165,6 +175,10 @@ def _reconstruct(options: argparse.Namespace) -> None:
         raise ValueError(
             f"{options.checkpoint} is imported, and weights do not tell what was hidden and what predicted; "
             f"mpm pretrain --config FILE init.checkpoint={options.checkpoint} makes a run that knows"
+        )
+    if model is TokenizerConfig:
+        raise ValueError(
+            f"{options.checkpoint} is a tokenizer; its reconstructions are in its folder: reconstructions.png"
         )
     if model is not PretrainConfig:
         raise ValueError(
@@ -212,7 +226,7 @@ def _stats(options: argparse.Namespace) -> None:
     if model is ImportedConfig:
         raise ValueError(f"{options.data} is of weights that others trained and names no training images")
     config = configfile.load(options.data, options.words, model).config
-    assert isinstance(config, PretrainConfig | FinetuneConfig)
+    assert not isinstance(config, ImportedConfig)
     from mpm.commands.survey import survey_config
 
     print(survey_config(config))
@@ -265,6 +279,7 @@ def _need_classes(checkpoint: Path) -> None:
 _COMMANDS = {
     "pretrain": _pretrain,
     "finetune": _finetune,
+    "tokenize": _tokenize,
     "predict": _predict,
     "evaluate": _evaluate,
     "reconstruct": _reconstruct,

@@ -8,7 +8,13 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig
+from mpm.config import (
+    TOKENIZER_KINDS,
+    FinetuneConfig,
+    ImportedConfig,
+    PretrainConfig,
+    TokenizerConfig,
+)
 from mpm.config.complaints import complaints
 from mpm.config.schema import names, suggestion, unknown_keys
 from mpm.config.section import Section
@@ -28,7 +34,7 @@ __all__ = [
     "validate",
 ]
 
-AnyConfig = PretrainConfig | FinetuneConfig | ImportedConfig
+AnyConfig = PretrainConfig | TokenizerConfig | FinetuneConfig | ImportedConfig
 Config = TypeVar("Config", bound=AnyConfig)
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -93,7 +99,7 @@ def _overridden(stated: Stated, overrides: Sequence[str], model: type[AnySection
     return _validate(stated, model)
 
 
-def model_of(path: str | Path) -> type[PretrainConfig] | type[FinetuneConfig] | type[ImportedConfig]:
+def model_of(path: str | Path) -> type[AnyConfig]:
     """Which of the configurations a file is, by what only that one has.
 
     Raises:
@@ -103,12 +109,26 @@ def model_of(path: str | Path) -> type[PretrainConfig] | type[FinetuneConfig] | 
     if stated.get("kind") == "imported":
         return ImportedConfig
     if "objective" in stated:
-        return PretrainConfig
+        return _pretraining_model(stated["objective"])
     if "readout" in stated:
         return FinetuneConfig
     raise ConfigError(
         f"{path} configures nothing; give it an objective (to pretrain) or a readout (to fine-tune)"
     )
+
+
+def pretraining_model_of(path: str | Path) -> type[PretrainConfig] | type[TokenizerConfig]:
+    """Which of the two that pretrain.py takes, by `objective.kind`.
+
+    Raises:
+        ConfigError: if the file cannot be read.
+    """
+    return _pretraining_model(_read(path).value.get("objective"))
+
+
+def _pretraining_model(objective: Any) -> type[PretrainConfig] | type[TokenizerConfig]:
+    kind = objective.get("kind") if isinstance(objective, dict) else None
+    return TokenizerConfig if kind in TOKENIZER_KINDS else PretrainConfig
 
 
 def _read(path: str | Path) -> Document:
@@ -174,7 +194,7 @@ def explain(config: AnyConfig, origins: Mapping[str, str]) -> str:
     return "\n".join(f"{key:{width[0]}}  {value:{width[1]}}  {origin}" for key, value, origin in rows)
 
 
-def same_run(a: PretrainConfig | FinetuneConfig, b: PretrainConfig | FinetuneConfig) -> list[str]:
+def same_run(a: AnyConfig, b: AnyConfig) -> list[str]:
     """Dotted keys outside `run` in which two configurations differ; empty where they are the same run."""
     left, right = (json.loads(json.dumps(_values(config))) for config in (a, b))  # tuples are lists
     differing = (

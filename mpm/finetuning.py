@@ -120,6 +120,7 @@ def _finetune(
         lr_at=schedule.lr_at,
         start=start,
         stop=last,
+        total=schedule.steps,
         accumulate=build.accumulation(config),
         clip_norm=optim.clip_norm,
         dtype=build.dtype(optim),

@@ -1,32 +1,43 @@
 """What is watched while pretraining: reconstructions, signs of collapse, and k-NN where there are labels."""
 
 import logging
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpm import build, distributed
-from mpm.config import PretrainConfig, Source
+from mpm.config import PretrainConfig, Source, TokenizerConfig
 from mpm.data.datasets import ImageSource
-from mpm.data.loading import eval_loader
+from mpm.data.loading import eval_loader, stack
 from mpm.data.subsets import Subset
 from mpm.data.substitution import Substituting
 from mpm.data.views import EvalView
 from mpm.evaluation.features import Features, extract, feature_std, rank_me
 from mpm.evaluation.knn import knn_accuracy
+from mpm.experiment import Look
 from mpm.objectives.masked import MaskedPrediction
-from mpm.objectives.pictures import reconstructions
+from mpm.objectives.pictures import displayable, reconstructions, sheet
 from mpm.objectives.targets import Target
 from mpm.patchify.masks import PatchMask
+from mpm.patchify.patches import grid_of
 from mpm.patchify.pixels import Normalize, to_unit
+from mpm.tokenizers.base import Tokenizer
+from mpm.tokenizers.use import CodeUse, code_use
 
-__all__ = ["Monitor"]
+__all__ = ["CodeMonitor", "Monitor", "looked_at"]
 
 log = logging.getLogger(__name__)
 
 _UNLABELLED_IMAGES = 2048
 _BATCH = 256
+
+
+def looked_at(count: int, rng: np.random.Generator) -> np.ndarray:
+    """A few of `count` images, in random order: folders come class by class."""
+    return rng.permutation(count)[:_UNLABELLED_IMAGES]
 
 
 class Monitor:
@@ -58,8 +69,7 @@ class Monitor:
         self._queries = self._labelled(config.monitor.test)
         shown = self._queries or Substituting(images)
         rng = np.random.default_rng(config.seed)
-        # a few of all, in random order: folders come class by class
-        self._some = rng.permutation(len(shown))[:_UNLABELLED_IMAGES]
+        self._some = looked_at(len(shown), rng)
         self._shown = shown if self._queries is not None else Subset(shown, self._some)
         count = min(config.monitor.images, len(shown))
         places = self._some[:count]
@@ -70,8 +80,8 @@ class Monitor:
         self._masked = torch.from_numpy(np.stack([sampler(rng) for _ in range(max(count, 1))]))
 
     @torch.no_grad()
-    def look(self, objective: MaskedPrediction) -> tuple[dict[str, float], Tensor | None]:
-        """Signals by name, and reconstructions uint8 [3,H,W]; every process calls it.
+    def look(self, objective: MaskedPrediction) -> Look:
+        """Signals by name, and reconstructions; every process calls it.
 
         RankMe (the effective rank of the features) and their deviation fall where features collapse; k-NN
         needs labels.
@@ -79,7 +89,7 @@ class Monitor:
         was_training = objective.training
         objective.eval()
         try:
-            return self._signals(objective), self._picture(objective)
+            return Look(self._signals(objective), self._picture(objective))
         finally:
             objective.train(was_training)
 
@@ -120,3 +130,60 @@ class Monitor:
         data = self._config.data
         images = build.source(source, image_size=data.image_size, channels=data.channels, labelled=True)
         return Substituting(images)
+
+
+class CodeMonitor:
+    """Looks at a tokenizer that is being trained: how its codes are used, and what they keep of images.
+
+    Args:
+        config: of the run, resolved.
+        images: the training images.
+        device: of the tokenizer.
+    """
+
+    def __init__(self, config: TokenizerConfig, images: ImageSource, *, device: torch.device):
+        data = config.data
+        self._device = device
+        self._workers = config.run.workers
+        self._view = EvalView(data.image_size, crop=1.0, interpolation=data.interpolation)
+        shown = images
+        if config.monitor.test is not None:
+            test = config.monitor.test
+            shown = build.source(test, image_size=data.image_size, channels=data.channels, labelled=False)
+        self._shown = Substituting(shown)
+        self._some = looked_at(len(shown), np.random.default_rng(config.seed))
+        self._images = config.monitor.images
+
+    @torch.no_grad()
+    def look(self, objective: nn.Module) -> Look:
+        """Use of the codes, and originals above what their codes say; every process calls it."""
+        tokenizer: Any = objective.get_submodule("tokenizer")
+        was_training = tokenizer.training
+        tokenizer.eval()
+        try:
+            use = code_use(tokenizer, self._batches())
+            signals = {
+                "perplexity": use.perplexity,
+                "live_codes": use.live_share,
+                "frequent_code": use.frequent_share,
+            }
+            return Look(signals, self._picture(tokenizer, use), use.counts)
+        finally:
+            tokenizer.train(was_training)
+
+    def _batches(self) -> Iterator[Tensor]:
+        some = Subset(self._shown, self._some)
+        for batch in eval_loader(some, self._view, batch_size=_BATCH, workers=self._workers):
+            yield to_unit(batch.images, self._device)
+
+    def _picture(self, tokenizer: Tokenizer, use: CodeUse) -> Tensor | None:
+        count = min(self._images, len(self._some))
+        if not count or not distributed.is_main():
+            return None
+        views = [self._view(self._shown.read(int(place))) for place in self._some[:count]]
+        images = to_unit(stack(views), self._device)
+        grid = grid_of((images.shape[2], images.shape[3]), tokenizer.stride)
+        codes = tokenizer.encode(images)
+        drawn = tokenizer.decode(codes, grid)
+        rows = [images] if drawn is None else [images, drawn]
+        return sheet(torch.stack([displayable(row) for row in [*rows, use.draw(codes, grid)]]))

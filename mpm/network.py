@@ -13,7 +13,6 @@ from mpm.backbones.backbone import Backbone
 from mpm.backbones.classifier import Classifier
 from mpm.config import Backbone as BackboneConfig
 from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig, Readout
-from mpm.configfile import AnyConfig
 from mpm.data.images import read_image
 from mpm.data.loading import stack
 from mpm.data.views import EvalView
@@ -22,6 +21,9 @@ from mpm.patchify.patches import grid_of
 from mpm.patchify.pixels import Normalize, to_unit
 
 __all__ = ["Network", "Trunk", "config_of", "is_checkpoint", "load", "part_of", "read_trunk"]
+
+
+NetworkConfig = PretrainConfig | FinetuneConfig | ImportedConfig
 
 
 class Trunk(NamedTuple):
@@ -103,7 +105,7 @@ def is_checkpoint(source: str | Path) -> bool:
 
 
 def _trunk(
-    config: AnyConfig,
+    config: NetworkConfig,
     state: dict[str, Tensor],
     *,
     path: Path,
@@ -141,14 +143,21 @@ def _weights(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
     return saved.ema if saved.ema is not None and saved.metadata.get("weights") == "ema" else saved.model
 
 
-def config_of(saved: checkpoint.Checkpoint) -> AnyConfig:
-    """The resolved configuration of a checkpoint."""
-    kinds: dict[str, type[AnyConfig]] = {
+def config_of(saved: checkpoint.Checkpoint) -> NetworkConfig:
+    """The resolved configuration of a checkpoint.
+
+    Raises:
+        ValueError: if it holds a tokenizer.
+    """
+    kinds: dict[str, type[NetworkConfig]] = {
         "pretrain": PretrainConfig,
         "finetune": FinetuneConfig,
         "imported": ImportedConfig,
     }
-    return configfile.validate(saved.config, kinds[saved.metadata["kind"]], name=str(saved.path))
+    kind = saved.metadata["kind"]
+    if kind not in kinds:
+        raise ValueError(f"{saved.path} is a {kind}, not a network; see mpm.tokenization.read_tokenizer")
+    return configfile.validate(saved.config, kinds[kind], name=str(saved.path))
 
 
 class Network(nn.Module):
@@ -282,7 +291,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Network:
     return network.to(device)
 
 
-def _depth(config: AnyConfig) -> dict[str, Any]:
+def _depth(config: NetworkConfig) -> dict[str, Any]:
     """What the training images were read with, beside their channels."""
     if isinstance(config, ImportedConfig):
         return {}

@@ -1,19 +1,20 @@
-"""Pretraining, from a configuration to checkpoints: build, then one loop whose cadence is in plain sight."""
+"""Pretraining, from a configuration to checkpoints: build, then one loop whose cadence is in plain sight.
+
+What is learned is an experiment: masked prediction (`masked_pretraining`) or a tokenizer
+(`tokenizer_training`).
+"""
 
 import logging
+from typing import Any
 
 import torch
 
 from mpm import build, distributed
-from mpm.config import PretrainConfig, PretrainData, Statistics
-from mpm.data.datasets import ImageSource
-from mpm.monitoring import Monitor
-from mpm.network import Trunk, read_trunk
-from mpm.objectives.cost import masked_macs
-from mpm.objectives.masked import MaskedPrediction
-from mpm.objectives.prepare import PrepareMasked
-from mpm.patchify.pixels import Normalize
+from mpm.config import PretrainConfig, TokenizerConfig
+from mpm.experiment import Experiment
+from mpm.masked_pretraining import MaskedPretraining
 from mpm.run import Run, compile_blocks, log_facts, parallel, seed_everything, started, write_picture
+from mpm.tokenizer_training import TokenizerTraining
 from mpm.training.ceiling import matmul_flops_per_s
 from mpm.training.loop import StopRequest, train_steps
 from mpm.training.reporting import Reporter
@@ -23,8 +24,8 @@ __all__ = ["pretrain"]
 log = logging.getLogger(__name__)
 
 
-def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> None:
-    """Pretrain, or continue a run that was stopped.
+def pretrain(config: PretrainConfig | TokenizerConfig, *, stop_after: int | None = None) -> None:
+    """Pretrain a network or train a tokenizer, or continue a run that was stopped.
 
     SIGTERM and SIGINT save a checkpoint and return.
 
@@ -34,6 +35,7 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> None:
 
     Raises:
         ValueError: if what the configuration says does not fit the data or the machine.
+        FileNotFoundError: if a checkpoint or tokenizer that it names is not there.
         FloatingPointError: if the loss is not finite; the last checkpoint stays.
         OSError: if a checkpoint could not be written; the last one stays.
     """
@@ -42,23 +44,20 @@ def pretrain(config: PretrainConfig, *, stop_after: int | None = None) -> None:
 
 
 def _pretrain(
-    config: PretrainConfig, stop_after: int | None, *, device: torch.device, stop: StopRequest
+    config: PretrainConfig | TokenizerConfig,
+    stop_after: int | None,
+    *,
+    device: torch.device,
+    stop: StopRequest,
 ) -> None:
-    data, optim, cadence = config.data, config.optim, config.run
-    trunk = read_trunk(config.init.checkpoint) if config.init is not None else None
-    backbone = config.backbone if trunk is None else config.backbone.over(trunk.backbone)
-    config = config.model_copy(update={"backbone": backbone.in_full(classifier=False)})
-    images = build.source(data, image_size=data.image_size, channels=data.channels, labelled=False)
-    mean, std = build.statistics(*_moments(data, trunk), images)
-    config = config.model_copy(update={"data": data.model_copy(update={"mean": mean, "std": std})})
-    run = Run(config, "pretrain")
+    experiment = _experiment(config)
+    config, images = experiment.config, experiment.images
+    optim, cadence = config.optim, config.run
+    run = Run(config, experiment.kind)
 
     seed_everything(config.seed)
-    normalize = Normalize(mean, std).to(device)
-    target = build.target(config, normalize)
-    objective = build.objective(config, target.out_dim).to(device)
-    if trunk is not None and run.resumes_from is None:
-        _continue_from(trunk, objective, channels=data.channels)
+    parts = experiment.create(device, is_new=run.resumes_from is None)
+    objective: Any = parts.objective
     compile_blocks(objective, cadence.compile, device)
     trained = parallel(objective, device)
     seed_everything(config.seed + distributed.rank())
@@ -66,30 +65,39 @@ def _pretrain(
     schedule = build.Schedule(optim, len(images))
     last = min(schedule.steps, stop_after or schedule.steps)
     optimizer = build.optimizer(optim, objective)
-    macs = masked_macs(objective, num_masked=config.num_masked)
     reporter = Reporter(
         run.folder,
         total_steps=schedule.steps,
         global_batch=optim.batch_size,
-        flops_per_image=3 * 2 * macs,  # the backward pass costs two forward passes
-        ceiling=matmul_flops_per_s(device, build.dtype(optim)),
+        # the backward pass costs two forward passes
+        flops_per_image=None if parts.macs is None else 3 * 2 * parts.macs,
+        ceiling=None if parts.macs is None else matmul_flops_per_s(device, build.dtype(optim)),
     )
     known = {"images": len(images)}
     start, _ = run.restore(objective=objective, optimizer=optimizer, reporter=reporter, data=known)
-    monitor = Monitor(config, images, target=target, normalize=normalize, device=device)
-    log_facts(_facts(config, objective, schedule, macs=macs, images=images, device=device, start=start))
+    facts = build.facts(config, schedule, num_images=len(images), device=device, start=start)
+    log_facts(parts.facts | facts)
 
-    view = build.pretrain_view(config)
     pin = device.type == "cuda"
-    batches = build.training_loader(config, images, view, start=start, stop=last, pin_memory=pin)
+    batches = build.training_loader(
+        config,
+        images,
+        parts.view,
+        start=start,
+        stop=last,
+        pin_memory=pin,
+        crops=parts.crops,
+        codes=parts.codes,
+    )
     steps = train_steps(
         trained,
         batches,
-        prepare=PrepareMasked(target, normalize=normalize, num_masked=config.num_masked, device=device),
+        prepare=parts.prepare,
         optimizer=optimizer,
         lr_at=schedule.lr_at,
         start=start,
         stop=last,
+        total=schedule.steps,
         accumulate=build.accumulation(config),
         clip_norm=optim.clip_norm,
         dtype=build.dtype(optim),
@@ -116,11 +124,13 @@ def _pretrain(
         if step % config.monitor.every == 0 or step == schedule.steps:
             reporter.check_finite(step)
             with reporter.paused():
-                signals, picture = monitor.look(objective)
-                reporter.scalars(step, signals, prefix="probe/")
-                if picture is not None:
-                    reporter.image("reconstructions", picture, step)
-                    write_picture(run.folder / "reconstructions.png", picture)
+                look = parts.look()
+                reporter.scalars(step, look.signals, prefix="probe/")
+                if look.code_counts is not None:
+                    reporter.code_histogram("codes", look.code_counts, step)
+                if look.picture is not None:
+                    reporter.image("reconstructions", look.picture, step)
+                    write_picture(run.folder / "reconstructions.png", look.picture)
         if step % cadence.save_every == 0 or step == last or stopping:
             save(step)  # where stopping, once more: with the window of the log as it now is
         if stopping:
@@ -129,51 +139,7 @@ def _pretrain(
     reporter.close()
 
 
-def _moments(data: PretrainData, trunk: Trunk | None) -> tuple[Statistics, Statistics]:
-    """Means and deviations as stated, else the checkpoint's, else ImageNet's."""
-    if data.mean is not None and data.std is not None:
-        return data.mean, data.std
-    if trunk is None:
-        return data.mean or "imagenet", data.std or "imagenet"
-    if trunk.channels != data.channels:
-        raise ValueError(
-            f"data.channels {data.channels} is not the checkpoint's {trunk.channels}; "
-            f"give data.mean and data.std too: measured, or a list of {data.channels}"
-        )
-    return data.mean or trunk.mean, data.std or trunk.std
-
-
-def _continue_from(trunk: Trunk, objective: MaskedPrediction, *, channels: int) -> None:
-    """Load the backbone, and the predictor where it is the same; else the norm that read the trunk."""
-    objective.backbone.load_state_dict(trunk.weights_for(objective.backbone, channels=channels))
-    predictor = objective.get_submodule("predictor")
-    # a fixed position table is of this run's grid, not a weight
-    theirs = trunk.state["predictor"] | dict(predictor.named_buffers())
-    own = predictor.state_dict()
-    if {name: t.shape for name, t in own.items()} == {name: t.shape for name, t in theirs.items()}:
-        predictor.load_state_dict(theirs)
-        parts = "backbone and predictor"
-    elif trunk.norm:
-        predictor.get_submodule("norm").load_state_dict(trunk.norm)
-        parts = "backbone and its norm; the predictor is another one and starts fresh"
-    else:
-        parts = "backbone; the predictor starts fresh"
-    log.info("continuing from %s: %s", trunk.path, parts)
-
-
-def _facts(
-    config: PretrainConfig,
-    objective: MaskedPrediction,
-    schedule: build.Schedule,
-    *,
-    macs: int,
-    images: ImageSource,
-    device: torch.device,
-    start: int,
-) -> dict[str, str]:
-    return {
-        "parameters": build.parameters(objective),
-        "forward": f"{macs / 1e9:.3g} GMACs an image",
-        "masked": f"{config.num_masked} of {config.num_patches} patches",
-        **build.facts(config, schedule, num_images=len(images), device=device, start=start),
-    }
+def _experiment(config: PretrainConfig | TokenizerConfig) -> Experiment:
+    if isinstance(config, TokenizerConfig):
+        return TokenizerTraining(config)
+    return MaskedPretraining(config)

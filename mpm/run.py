@@ -1,5 +1,6 @@
 """One run: its folder, what it continues from, and how it saves. Both scripts use it."""
 
+import itertools
 import logging
 import random
 import time
@@ -15,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mpm import checkpoint, configfile, distributed
 from mpm.backbones.blocks import Block, ClassAttentionBlock, ParallelBlock
-from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig
+from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig, TokenizerConfig
 from mpm.launch import give_way
 from mpm.training.allocator import keep_freed_memory
 from mpm.training.reporting import Reporter
@@ -35,7 +36,9 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def started(config: PretrainConfig | FinetuneConfig | ImportedConfig) -> Iterator[torch.device]:
+def started(
+    config: PretrainConfig | TokenizerConfig | FinetuneConfig | ImportedConfig,
+) -> Iterator[torch.device]:
     """Processes, threads and allocator of a run; leaves the process group at the end.
 
     Where several processes fail, the first raises what happened, and the others end without a word.
@@ -63,8 +66,8 @@ def seed_everything(seed: int) -> None:
 
 
 def parallel(objective: nn.Module, device: torch.device) -> nn.Module:
-    """The objective, in DDP where there are several processes."""
-    if distributed.world_size() == 1:
+    """The objective, in DDP where there are several processes and gradients to exchange."""
+    if distributed.world_size() == 1 or not any(p.requires_grad for p in objective.parameters()):
         return objective
     return DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None)
 
@@ -106,7 +109,7 @@ def _stop_logging_to_files() -> None:
         handler.close()
 
 
-def refusal(config: PretrainConfig | FinetuneConfig) -> str | None:
+def refusal(config: PretrainConfig | TokenizerConfig | FinetuneConfig) -> str | None:
     """Why a run must not write to its folder; None: it may, as to one whose run never saved anything."""
     folder = Path(config.run.output_dir)
     written = folder / "config.yaml"
@@ -131,7 +134,7 @@ class Run:
 
     Args:
         config: resolved, as it is written to the folder and into every checkpoint.
-        kind: "pretrain" or "finetune".
+        kind: "pretrain", "tokenizer" or "finetune".
 
     Attributes:
         folder: `run.output_dir`.
@@ -141,7 +144,7 @@ class Run:
         ValueError: if the folder holds a different run, or any where `run.resume` is never.
     """
 
-    def __init__(self, config: PretrainConfig | FinetuneConfig, kind: str):
+    def __init__(self, config: PretrainConfig | TokenizerConfig | FinetuneConfig, kind: str):
         self.config = config
         self.kind = kind
         self.folder = Path(config.run.output_dir)
@@ -172,16 +175,19 @@ class Run:
         step: int,
         *,
         objective: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         reporter: Reporter,
         ema: Any = None,
         metadata: dict[str, Any],
         best: bool = False,
     ) -> Path:
         """A checkpoint, on every process; see `mpm.checkpoint`."""
-        device = next(objective.parameters()).device
+        device = _device_of(objective)
         own = {"rng": checkpoint.rng_state(device), "reporter": reporter.state_dict()}
-        train_state = {"optimizer": optimizer.state_dict(), "processes": distributed.gather_objects(own)}
+        train_state = {
+            "optimizer": None if optimizer is None else optimizer.state_dict(),
+            "processes": distributed.gather_objects(own),
+        }
         with reporter.paused():
             begin = time.perf_counter()
             path = checkpoint.save(
@@ -202,7 +208,7 @@ class Run:
         self,
         *,
         objective: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         reporter: Reporter,
         ema: Any = None,
         data: dict[str, Any],
@@ -234,7 +240,8 @@ class Run:
                 )
         state = checkpoint.load_train_state(self.resumes_from)
         objective.load_state_dict(saved.model)
-        optimizer.load_state_dict(state["optimizer"])
+        if optimizer is not None:
+            optimizer.load_state_dict(state["optimizer"])
         if ema is not None:
             assert saved.ema is not None
             ema.module.load_state_dict(saved.ema)
@@ -242,7 +249,7 @@ class Run:
         processes = state["processes"]
         if len(processes) == distributed.world_size():
             own = processes[distributed.rank()]
-            device = next(objective.parameters()).device
+            device = _device_of(objective)
             reporter.load_state_dict(own["reporter"], device=device)
             checkpoint.set_rng_state(own["rng"], device)
         else:
@@ -253,6 +260,11 @@ class Run:
             )
         log.info("continuing %s from step %d", self.folder, saved.step)
         return saved.step, saved.metadata
+
+
+def _device_of(objective: nn.Module) -> torch.device:
+    """Where it is; k-means has buffers only."""
+    return next(itertools.chain(objective.parameters(), objective.buffers())).device
 
 
 def _shortened(value: Any) -> str:

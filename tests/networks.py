@@ -10,7 +10,7 @@ from mpm.backbones.backbone import Backbone, Positions
 from mpm.backbones.create import create_blocks
 from mpm.objectives.losses import patch_loss
 from mpm.objectives.masked import MaskedPrediction
-from mpm.objectives.predictors import DecoderPredictor, LinearPredictor
+from mpm.objectives.predictors import ClassPretrainingPredictor, DecoderPredictor, LinearPredictor
 from mpm.patchify.masks import PatchMask
 from mpm.patchify.stems import ConvStem, HierarchicalMLPStem, LinearStem, Stem
 from mpm.variants import Architecture
@@ -19,6 +19,7 @@ PATCH = (4, 4)
 GRID = (3, 4)
 DIM, HEADS, DEPTH = 16, 2, 2
 CHANNELS = 3
+CODES = 10
 
 STEMS = ("linear", "hmlp-layer", "hmlp-visible", "hmlp-all", "conv-layer", "conv-batch")
 
@@ -64,7 +65,7 @@ def make_backbone(
 
 
 def make_masked(method: str, backbone: Backbone) -> MaskedPrediction:
-    """MAE or SimMIM, by the parts that make it."""
+    """MAE, SimMIM, BEiT or BEiT v2, by the parts that make it; codes are 0 to `CODES` - 1."""
     area = backbone.stem.patch_size[0] * backbone.stem.patch_size[1] * CHANNELS
     match method:
         case "mae":
@@ -73,7 +74,27 @@ def make_masked(method: str, backbone: Backbone) -> MaskedPrediction:
         case "simmim":
             linear = LinearPredictor(backbone.dim, area)
             return MaskedPrediction(backbone, linear, loss=lambda x, y: patch_loss(x, y, kind="l1"))
+        case "beit":
+            linear = LinearPredictor(backbone.dim, CODES)
+            return MaskedPrediction(
+                backbone, linear, loss=lambda x, y: patch_loss(x, y, kind="cross_entropy")
+            )
+        case "beitv2":
+            sizes = Architecture(PATCH, dim=backbone.dim, depth=2, heads=HEADS)
+            predictor = ClassPretrainingPredictor(
+                backbone.dim, CODES, blocks=create_blocks(sizes), early_layer=1
+            )
+            return MaskedPrediction(
+                backbone, predictor, loss=lambda x, y: patch_loss(x, y, kind="cross_entropy")
+            )
     raise AssertionError(method)
+
+
+def targets_of(method: str, batch: int, masked: int) -> Tensor:
+    """Random ones, codes or pixels."""
+    if method in ("beit", "beitv2"):
+        return torch.randint(CODES, (batch, masked))
+    return torch.randn(batch, masked, PATCH[0] * PATCH[1] * CHANNELS)
 
 
 def randomize(module: nn.Module) -> nn.Module:

@@ -4,15 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from mpm.config import FinetuneConfig, PretrainConfig
+from mpm.config import FinetuneConfig, PretrainConfig, TokenizerConfig
 from mpm.configfile import load
 
 ROOT = Path(__file__).parent.parent / "configs"
 FILES = sorted(ROOT.rglob("*.yaml"))
 
 
-def model_of(path: Path) -> type[PretrainConfig] | type[FinetuneConfig]:
-    return FinetuneConfig if "finetune" in str(path.relative_to(ROOT)) else PretrainConfig
+def model_of(path: Path) -> type[PretrainConfig] | type[TokenizerConfig] | type[FinetuneConfig]:
+    """By the file's place: what a reader expects there."""
+    place = str(path.relative_to(ROOT))
+    if "tokenizer" in place:
+        return TokenizerConfig
+    return FinetuneConfig if "finetune" in place else PretrainConfig
 
 
 def name_of(path: Path) -> str:

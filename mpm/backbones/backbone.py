@@ -11,7 +11,7 @@ from mpm.patchify.masks import PatchMask, take
 from mpm.patchify.positions import sincos_table
 from mpm.patchify.stems import Stem
 
-__all__ = ["Backbone", "Encoded", "Positions"]
+__all__ = ["Backbone", "Encoded", "Positions", "take_rows"]
 
 
 class Encoded(NamedTuple):
@@ -21,11 +21,13 @@ class Encoded(NamedTuple):
         prefix: [B,R,D].
         patches: [B,T,D], or [B,S,D] where `read` chose S of them.
         layers: outputs [B,R+T,D] of the blocks asked for.
+        bias: of all blocks' attention, [1 or B,h,R+T,R+T], where they share one; else None.
     """
 
     prefix: Tensor
     patches: Tensor
     layers: tuple[Tensor, ...] = ()
+    bias: Tensor | None = None
 
 
 class Positions(nn.Module):
@@ -152,14 +154,15 @@ class Backbone(nn.Module):
             bias = biases[index % len(biases)] if biases else None
             last = index == self.depth - 1
             if last and rows is not None and index not in layers:
-                x = block(x, None if bias is None else _take_rows(bias, rows), rows)  # [B,R+S,D]
-                return Encoded(x[:, :R], x[:, R:], tuple(kept[layer] for layer in layers))
+                x = block(x, None if bias is None else take_rows(bias, rows), rows)  # [B,R+S,D]
+                break
             x = block(x, bias)
             if index in layers:
                 kept[index] = x
-        if rows is not None:
-            x = take(x, rows)
-        return Encoded(x[:, :R], x[:, R:], tuple(kept[layer] for layer in layers))
+        else:
+            x = x if rows is None else take(x, rows)
+        shared = biases[0] if len(biases) == 1 else None
+        return Encoded(x[:, :R], x[:, R:], tuple(kept[layer] for layer in layers), shared)
 
     def forward(self, images: Tensor) -> Encoded:
         """Images [B,C,H,W] through everything, never masked."""
@@ -188,7 +191,7 @@ class Backbone(nn.Module):
         return torch.cat([prefix, read + self.num_prefix], dim=1)
 
 
-def _take_rows(bias: Tensor, rows: Tensor) -> Tensor:
+def take_rows(bias: Tensor, rows: Tensor) -> Tensor:
     """Rows of a bias [1 or B,h,T,T] at int64 [B,S]: [B,h,S,T]."""
     B, S = rows.shape
     bias = bias.expand(B, -1, -1, -1)

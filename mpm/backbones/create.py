@@ -1,7 +1,7 @@
 """Networks from an architecture, or from the name of a published one."""
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpm.backbones.attention import Attention, TalkingHeads
@@ -127,8 +127,11 @@ def create_stem(
     raise ValueError(f"stem.kind {kind} is unknown; use linear, hmlp or conv")
 
 
-def create_blocks(architecture: Architecture) -> list[Block | ParallelBlock]:
-    """The blocks of a trunk, with their drop path."""
+def create_blocks(
+    architecture: Architecture, *, drop_path_rates: Sequence[float] | None = None
+) -> list[Block | ParallelBlock]:
+    """The blocks of a trunk, with their drop path, or as many like them as there are rates given."""
+    rates = architecture.drop_path_rates if drop_path_rates is None else drop_path_rates
     dim, scale = architecture.dim, architecture.layer_scale
 
     def attention() -> Attention:
@@ -141,14 +144,14 @@ def create_blocks(architecture: Architecture) -> list[Block | ParallelBlock]:
     if architecture.branches == 1:
         return [
             Block(attention(), mlp(), layer_scale=scale, drop_path=rate)
-            for rate in architecture.drop_path_rates
+            for rate in rates
         ]
     branches = range(architecture.branches)
     return [
         ParallelBlock(
             [attention() for _ in branches], [mlp() for _ in branches], layer_scale=scale, drop_path=rate
         )
-        for rate in architecture.drop_path_rates
+        for rate in rates
     ]
 
 

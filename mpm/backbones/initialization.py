@@ -13,7 +13,7 @@ __all__ = ["Initialization", "initialize"]
 Initialization = Literal["vit", "mae", "beit", "beit_finetuning"]
 
 
-def initialize(module: nn.Module, scheme: Initialization) -> None:
+def initialize(module: nn.Module, scheme: Initialization, *, blocks_before: int = 0) -> None:
     """Give every parameter and buffer of a module its start value.
 
     | | vit (DeiT, timm) | mae | beit |
@@ -27,6 +27,8 @@ def initialize(module: nn.Module, scheme: Initialization) -> None:
     | norms 1 and 0, LayerScale its value, relative bias 0 | | | |
 
     `beit_finetuning` (BEiT's classifiers) is vit with beit's division by depth.
+
+    `blocks_before` is the number of blocks below the module's first one, for l.
 
     Sources: deit/models.py and timm; arXiv:2111.06377 App. A; arXiv:2106.08254 with the released code's
     initialisation. "normal .02" is cut at ±2, a hundred deviations, as in timm.
@@ -48,7 +50,7 @@ def initialize(module: nn.Module, scheme: Initialization) -> None:
                 nn.init.trunc_normal_(parameter, std=0.02, a=-bound, b=bound)
     if scheme in ("beit", "beit_finetuning"):
         blocks = [block for block in module.modules() if isinstance(block, Block | ParallelBlock)]
-        for depth, block in enumerate(blocks, start=1):
+        for depth, block in enumerate(blocks, start=blocks_before + 1):
             for part in block.modules():
                 if isinstance(part, Block | AttentionBranch):
                     part.attn.proj.weight.data.div_(math.sqrt(2 * depth))

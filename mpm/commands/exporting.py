@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mpm import configfile
-from mpm.config import ImportedConfig, PretrainConfig
+from mpm.config import ImportedConfig, PixelTarget, PretrainConfig, TokenizerConfig
 from mpm.interop.export import export
 from mpm.interop.inference import Subject
 from mpm.network import read_trunk
@@ -37,13 +37,15 @@ def subject_of(checkpoint: Path) -> Subject:
     trunk = read_trunk(checkpoint)
     file = trunk.path / "config.yaml"
     config = configfile.load(file, [], configfile.model_of(file)).config
+    assert not isinstance(config, TokenizerConfig)  # read_trunk has refused it
     training: dict[str, Any] = {}
     predictor = None
     if isinstance(config, PretrainConfig):
         predictor = config.objective.predictor
         if predictor.kind == "decoder":
             training["mask_ratio"] = config.num_masked / config.num_patches
-            training["norm_pix_loss"] = config.objective.target.normalize_patches
+            target = config.objective.target
+            training["norm_pix_loss"] = isinstance(target, PixelTarget) and target.normalize_patches
     elif isinstance(config, ImportedConfig):
         predictor = config.predictor
     facts = {

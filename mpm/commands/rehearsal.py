@@ -6,13 +6,13 @@ import shutil
 from collections.abc import Callable
 
 from mpm import configfile
-from mpm.config import FinetuneConfig, PretrainConfig
+from mpm.config import FinetuneConfig, PretrainConfig, TokenizerConfig
 from mpm.run import refusal
 
 __all__ = ["rehearse"]
 
 
-def rehearse(train: Callable[..., None], config: PretrainConfig | FinetuneConfig) -> None:
+def rehearse(train: Callable[..., None], config: PretrainConfig | TokenizerConfig | FinetuneConfig) -> None:
     """Build, take a step, save; build again, load, take another step, save; then remove it all.
 
     Saves beside `run.output_dir`, so that its disk is tried too. Evaluation is left out.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mpm import build
-from mpm.config import FinetuneConfig, FolderSource, PretrainConfig
+from mpm.config import FinetuneConfig, FolderSource, PretrainConfig, TokenizerConfig
 from mpm.data.datasets import FolderImages, ImageSource
 from mpm.data.images import Stored, UnreadableImage, stored_image
 from mpm.data.statistics import ChannelStatistics, channel_statistics
@@ -42,7 +42,7 @@ def survey_folder(root: Path, *, channels: int | None = None, max_value: float |
     return _report(source, found, max_value=max_value, stored=stored)
 
 
-def survey_config(config: PretrainConfig | FinetuneConfig) -> str:
+def survey_config(config: PretrainConfig | TokenizerConfig | FinetuneConfig) -> str:
     """The same of a configuration's training images."""
     is_labelled = isinstance(config, FinetuneConfig)
     section = config.data.train if isinstance(config, FinetuneConfig) else config.data

@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
     for add in (
         _add_training,
+        _add_tokenize,
         _add_predict,
         _add_evaluate,
         _add_reconstruct,
@@ -79,7 +80,11 @@ def _add(
 
 def _add_training(commands: Any) -> None:
     for name, summary, example in (
-        ("pretrain", "pretrain on unlabelled images", "configs/vitb_mae.yaml optim.lr=3e-4"),
+        (
+            "pretrain",
+            "pretrain on unlabelled images, or train a tokenizer",
+            "configs/vitb_mae.yaml optim.lr=3e-4",
+        ),
         (
             "finetune",
             "train a classifier, from a checkpoint or from scratch",
@@ -97,6 +102,20 @@ def _add_training(commands: Any) -> None:
             help="build everything, take two steps, save and load, tell the facts, and leave nothing behind",
         )
         _add_overrides(command)
+
+
+def _add_tokenize(commands: Any) -> None:
+    command = _add(
+        commands,
+        "tokenize",
+        "fill the cache of codes that a pretraining run reads",
+        more="Computes the codes of objective.target.crops crops of each image, once, into\n"
+        "objective.target.cache. Stopped, the same command continues. The run then shows these crops in\n"
+        "turn, so that more epochs than crops repeat them; masks are new in each epoch.",
+        example="mpm tokenize configs/vitb_beit.yaml objective.target.crops=20 objective.target.cache=codes",
+    )
+    command.add_argument("config", metavar="CONFIG", help="YAML file of pretraining")
+    _add_overrides(command)
 
 
 def _add_predict(commands: Any) -> None:

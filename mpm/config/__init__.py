@@ -28,9 +28,12 @@ from mpm.config.mask import BlockMask, Mask, RandomMask
 from mpm.config.model import (
     Backbone,
     ClassAttentionReadout,
+    ClassPretrainingPredictor,
+    CodeTarget,
     ConvStem,
     DecoderPredictor,
     HMLPStem,
+    HOGTarget,
     LinearPredictor,
     LinearStem,
     MaskedObjective,
@@ -45,6 +48,20 @@ from mpm.config.model import (
     TokenReadout,
 )
 from mpm.config.section import Count, NotNegative, Section, Seed, check_multiple
+from mpm.config.tokenizer import (
+    TOKENIZER_KINDS,
+    Anneal,
+    DVAEObjective,
+    FeatureInput,
+    HOGTeacher,
+    KMeansObjective,
+    NetworkTeacher,
+    PatchInput,
+    PixelTeacher,
+    Teacher,
+    TokenizerObjective,
+    VQKDObjective,
+)
 from mpm.config.training import (
     CosineSchedule,
     Ema,
@@ -58,26 +75,37 @@ from mpm.config.training import (
     PretrainOptim,
     Run,
     Schedule,
+    TokenizerMonitor,
+    TokenizerOptim,
 )
 
 __all__ = [
+    "TOKENIZER_KINDS",
+    "Anneal",
     "Backbone",
     "BlockMask",
     "ClassAttentionReadout",
+    "ClassPretrainingPredictor",
+    "CodeTarget",
     "ConvStem",
     "CosineSchedule",
+    "DVAEObjective",
     "DecoderPredictor",
     "Ema",
+    "FeatureInput",
     "FinetuneConfig",
     "FinetuneData",
     "FinetuneOptim",
     "FolderData",
     "FolderSource",
     "HMLPStem",
+    "HOGTarget",
+    "HOGTeacher",
     "HeldOut",
     "ImportedConfig",
     "ImportedData",
     "Init",
+    "KMeansObjective",
     "Labels",
     "LinearPredictor",
     "LinearStem",
@@ -87,9 +115,12 @@ __all__ = [
     "Mixup",
     "Monitor",
     "MultistepSchedule",
+    "NetworkTeacher",
     "Objective",
     "Optim",
+    "PatchInput",
     "PixelTarget",
+    "PixelTeacher",
     "Positions",
     "Predictor",
     "PretrainConfig",
@@ -107,9 +138,15 @@ __all__ = [
     "SyntheticData",
     "SyntheticSource",
     "Target",
+    "Teacher",
     "TokenReadout",
+    "TokenizerConfig",
+    "TokenizerMonitor",
+    "TokenizerObjective",
+    "TokenizerOptim",
     "TorchvisionData",
     "TorchvisionSource",
+    "VQKDObjective",
 ]
 
 
@@ -142,7 +179,24 @@ class PretrainConfig(Section):
         check_micro_batch(self.run.micro_batch, self.optim.batch_size)
         if self.init is None:
             check_statistics_are_stated(self.data)
+        if isinstance(self.objective.predictor, ClassPretrainingPredictor):
+            self._check_class_pretraining(self.objective.predictor)
+        if isinstance(self.objective.target, HOGTarget):
+            for side in self.backbone.resolved().patch_size:
+                cells = self.objective.target.cells
+                check_multiple("backbone.patch_size", side, cells, of=f"objective.target.cells {cells}")
         return self
+
+    def _check_class_pretraining(self, predictor: ClassPretrainingPredictor) -> None:
+        architecture = self.backbone.resolved()
+        key = "objective.predictor.kind class_pretraining"
+        if not architecture.class_token:
+            raise ValueError(f"{key} trains the class token, but backbone.class_token is false; use linear")
+        if predictor.early_layer > architecture.depth:
+            raise ValueError(
+                f"objective.predictor.early_layer {predictor.early_layer} is above the trunk's "
+                f"{architecture.depth} blocks; use 1 to {architecture.depth}"
+            )
 
     @property
     def inherited(self) -> frozenset[str]:
@@ -166,6 +220,69 @@ class PretrainConfig(Section):
     def num_masked(self) -> int:
         """M, the same for every image."""
         return self.mask.masked(self.grid)
+
+
+class TokenizerConfig(Section):
+    """Training a tokenizer on unlabelled images; pretrain.py does it, as it does pretraining."""
+
+    seed: Seed = 0
+    """Of weights, order and crops."""
+    run: Run
+    """Where and how, none of it part of the experiment."""
+    data: PretrainData
+    """Unlabelled images; those a tokenizer is trained on have the size of its own view."""
+    backbone: Backbone | None = None
+    """The encoder of vqkd. Of k-means on features: the frozen network, filled in from its checkpoint."""
+    objective: TokenizerObjective
+    """Which tokenizer."""
+    optim: TokenizerOptim
+    """How."""
+    monitor: TokenizerMonitor = TokenizerMonitor()
+    """What is watched."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TokenizerConfig":
+        objective, optim = self.objective, self.optim
+        if (objective.kind == "kmeans") != (optim.lr == 0):
+            rule = (
+                "takes no rate; remove it" if optim.lr else "learns nothing at rate 0; use 5e-4, for example"
+            )
+            raise ValueError(f"optim.lr {optim.lr:g}: {objective.kind} {rule}")
+        if objective.kind == "vqkd" and self.backbone is None:
+            raise ValueError("backbone is null; objective.kind vqkd needs it: the encoder")
+        if self.backbone is not None and not self._takes_backbone:
+            raise ValueError(f"backbone is given, but objective.kind {objective.kind} has none; remove it")
+        if self.stride is not None:
+            check_patches(self.data.image_size, self.stride)
+        check_micro_batch(self.run.micro_batch, optim.batch_size)
+        if not isinstance(objective, KMeansObjective) or isinstance(objective.input, PatchInput):
+            check_statistics_are_stated(self.data)
+        return self
+
+    @property
+    def _takes_backbone(self) -> bool:
+        objective = self.objective
+        if isinstance(objective, KMeansObjective):
+            return isinstance(objective.input, FeatureInput)
+        return isinstance(objective, VQKDObjective)
+
+    @property
+    def inherited(self) -> frozenset[str]:
+        """Dotted keys whose value is a checkpoint's: of k-means on features, the network and its moments."""
+        if self._takes_backbone and not isinstance(self.objective, VQKDObjective):
+            stated = {"backbone": self.backbone, "data.mean": self.data.mean, "data.std": self.data.std}
+            return frozenset(key for key, value in stated.items() if value is None)
+        return frozenset()
+
+    @property
+    def stride(self) -> tuple[int, int] | None:
+        """Height and width in pixels of what a code stands for; None: the network's that is not read yet."""
+        match self.objective:
+            case DVAEObjective(layers=layers):
+                return 2**layers, 2**layers
+            case KMeansObjective(input=PatchInput(patch_size=patch_size)):
+                return patch_size
+        return None if self.backbone is None else self.backbone.resolved().patch_size
 
 
 class FinetuneConfig(Section):

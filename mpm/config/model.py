@@ -4,15 +4,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mpm.config.section import Count, Pair, Positive, Section, check_multiple
+from mpm.config.section import Count, Location, Pair, Positive, Probability, Section, check_multiple
 from mpm.variants import BLOCKS_PATTERN, SIZES, VARIANTS, Architecture, architecture, variant
 
 __all__ = [
     "Backbone",
     "ClassAttentionReadout",
+    "ClassPretrainingPredictor",
+    "CodeTarget",
     "ConvStem",
     "DecoderPredictor",
     "HMLPStem",
+    "HOGTarget",
     "LinearPredictor",
     "LinearStem",
     "MaskedObjective",
@@ -247,7 +250,22 @@ class DecoderPredictor(Section):
         return self
 
 
-Predictor = Annotated[LinearPredictor | DecoderPredictor, Field(discriminator="kind")]
+class ClassPretrainingPredictor(Section):
+    """One linear map, after the trunk and after extra blocks on class token and early patches (BEiT v2).
+
+    The extra blocks make the class token say what the image holds; they are thrown away after pretraining.
+    """
+
+    kind: Literal["class_pretraining"]
+    early_layer: Count
+    """Block whose patch tokens the extra blocks get, counted from 1 (BEiT v2: 9 of 12, 21 of 24)."""
+    depth: Count = 2
+    """Extra blocks."""
+
+
+Predictor = Annotated[
+    LinearPredictor | DecoderPredictor | ClassPretrainingPredictor, Field(discriminator="kind")
+]
 
 
 class PixelTarget(Section):
@@ -258,8 +276,41 @@ class PixelTarget(Section):
     """By each patch's own mean and deviation (MAE's better target)."""
 
 
-# the only kind so far; a second joins as `Annotated[PixelTarget | CodeTarget, Field(discriminator="kind")]`
-Target = PixelTarget
+class CodeTarget(Section):
+    """A tokenizer's code (BEiT)."""
+
+    kind: Literal["codes"]
+    tokenizer: str
+    """A run of configs/tokenizers or a step in it, or a published file (DALL-E, DALLE-pytorch, BEiT v2)."""
+    min_live: Probability = 0.2
+    """Smallest share of the codes that the images must use; below it, the run does not start."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the tokenizer's matrix products; auto: bf16 where optim.dtype is and 99 % of the codes agree."""
+    crops: Count | None = None
+    """Crops of an image, drawn once and shown in turn, epoch after epoch; null: a new one each epoch."""
+    cache: Location | None = None
+    """File of the codes of all crops, filled by `mpm tokenize`; null: codes are computed in each step."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CodeTarget":
+        if self.cache is not None and self.crops is None:
+            raise ValueError(
+                "cache holds the codes of a given number of crops, but crops is null; give it, such as 10"
+            )
+        return self
+
+
+class HOGTarget(Section):
+    """Histograms of oriented gradients (MaskFeat, arXiv:2112.09133)."""
+
+    kind: Literal["hog"]
+    bins: Count = 9
+    """Orientations over half a turn."""
+    cells: Count = 2
+    """Histograms per side of a patch."""
+
+
+Target = Annotated[PixelTarget | CodeTarget | HOGTarget, Field(discriminator="kind")]
 
 
 class MaskedObjective(Section):
@@ -270,8 +321,20 @@ class MaskedObjective(Section):
     """Encoder output to predictions."""
     target: Target
     """What is predicted."""
-    loss: Literal["l1", "l2", "smooth_l1"] = "l2"
-    """Of pixels (MAE: l2, SimMIM: l1)."""
+    loss: Literal["l1", "l2", "smooth_l1", "cross_entropy"] | None = None
+    """Of a patch (MAE, MaskFeat: l2, SimMIM: l1); null: cross_entropy for codes, else l2."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "MaskedObjective":
+        if self.loss is not None and (self.target.kind == "codes") != (self.loss == "cross_entropy"):
+            legal = "cross_entropy" if self.target.kind == "codes" else "l1, l2 or smooth_l1"
+            raise ValueError(f"loss {self.loss} is not for target.kind {self.target.kind}; use {legal}")
+        return self
+
+    def in_full(self) -> "MaskedObjective":
+        """With the loss stated."""
+        usual: Any = "cross_entropy" if self.target.kind == "codes" else "l2"
+        return self.model_copy(update={"loss": self.loss or usual})
 
 
 Objective = MaskedObjective

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from mpm.config.section import Count, Fraction, NotNegative, Pair, Positive, Section
 
 __all__ = [
+    "TOKENIZER_KINDS",
     "Anneal",
     "DVAEObjective",
     "FeatureInput",
@@ -133,4 +134,5 @@ class VQKDObjective(Section):
     """Share of a code's vector that is kept at each step."""
 
 
+TOKENIZER_KINDS = ("kmeans", "dvae", "vqkd")
 TokenizerObjective = Annotated[KMeansObjective | DVAEObjective | VQKDObjective, Field(discriminator="kind")]

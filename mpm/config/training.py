@@ -20,6 +20,8 @@ __all__ = [
     "PretrainOptim",
     "Run",
     "Schedule",
+    "TokenizerMonitor",
+    "TokenizerOptim",
 ]
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -162,6 +164,15 @@ class PretrainOptim(Optim):
     """Tokens whose weights decay (MAE: both; BEiT, SimMIM: the mask token)."""
 
 
+class TokenizerOptim(PretrainOptim):
+    """AdamW for tokenizers; k-means has no gradient and takes durations, batch size and dtype only."""
+
+    lr: NotNegative = 0.0
+    """Peak rate, absolute, for the batch as given; 0 for k-means."""
+    weight_decay: NotNegative = 0.0
+    """Of weights; norms and biases are not decayed (BEiT v2: 1e-4)."""
+
+
 class FinetuneOptim(Optim):
     """AdamW for fine-tuning."""
 
@@ -189,6 +200,17 @@ class Monitor(Section):
             missing = "train" if self.train is None else "test"
             raise ValueError(f"{missing} is null; give both train and test, or none")
         return self
+
+
+class TokenizerMonitor(Section):
+    """What is watched while a tokenizer is trained."""
+
+    images: Annotated[int, Field(ge=0)] = 8
+    """Images reconstructed in a picture."""
+    every: Count = 1000
+    """Steps between two looks: use of the codes, histogram, picture."""
+    test: Source | None = None
+    """Images looked at; null: some of the training images."""
 
 
 class Labels(Section):

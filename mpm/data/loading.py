@@ -11,15 +11,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from mpm import distributed
 from mpm.data.channels import to_unit_range
+from mpm.data.codes import CodeCache
 from mpm.data.datasets import ImageSource
 from mpm.data.images import UnreadableImage
-from mpm.data.stream import EpochStream, SampleKey
+from mpm.data.stream import SampleKey
 from mpm.data.substitution import check_share, read_next
 from mpm.data.views import MASK_STREAM, EvalView, PretrainView, TrainView, sample_generator
+from mpm.patchify.masks import MaskSampler
 
 _log = logging.getLogger(__name__)
 
@@ -31,15 +33,17 @@ class PretrainBatch(NamedTuple):
 
     Attributes:
         images: [B,C,H,W] uint8, or float32 in [0, 1] where a file is deeper.
-        target_images: [B,C,H2,W2], or None where the target is the image.
-        masked: bool [B,N], True = masked, the same number in every row.
+        target_images: [B,C,H2,W2], or None where the target is the image, or the codes are known.
+        masked: bool [B,N], True = masked, the same number in every row; None where nothing is masked.
         index: int64 [B], in the source.
+        codes: int64 [B,N], of a tokenizer; None where they are not cached.
     """
 
     images: Tensor
     target_images: Tensor | None
-    masked: Tensor
+    masked: Tensor | None
     index: Tensor  # type: ignore[assignment]  # in place of tuple.index
+    codes: Tensor | None = None
 
 
 class LabelledBatch(NamedTuple):
@@ -74,12 +78,33 @@ class ViewDataset(Dataset[_Delivery]):
         source: the images.
         view: masks and images, or images with labels.
         seed: of crops and masks.
+        crops: number of crops of an image that are shown in turn, epoch after epoch, each time under another
+            mask; None: every epoch has its own. For pretraining.
+        codes: of these crops, in place of the view for the tokenizer.
+
+    Raises:
+        ValueError: if the codes are of another number of crops or images.
     """
 
-    def __init__(self, source: ImageSource, view: PretrainView | TrainView, *, seed: int):
+    def __init__(
+        self,
+        source: ImageSource,
+        view: PretrainView | TrainView,
+        *,
+        seed: int,
+        crops: int | None = None,
+        codes: CodeCache | None = None,
+    ):
+        if codes is not None and (codes.crops, codes.images) != (crops, len(source)):
+            raise ValueError(
+                f"the cached codes are of {codes.crops} crops of {codes.images} images, "
+                f"not of {crops} crops of {len(source)}"
+            )
         self.source = source
         self._view = view
         self._seed = seed
+        self._crops = crops
+        self._codes = codes
 
     def __getitems__(self, keys: list[SampleKey]) -> _Delivery:
         try:
@@ -91,21 +116,35 @@ class ViewDataset(Dataset[_Delivery]):
         broken: dict[int, str] = {}
         indices: list[int] = []
         samples: list[Any] = []
+        codes: list[np.ndarray] = []
         for key in keys:
             index, image, passed_over = read_next(self.source, key.image)
             broken |= passed_over
-            rng = sample_generator(self._seed, *key)
             if isinstance(self._view, PretrainView):
-                samples.append(self._view(image, rng, sample_generator(self._seed, *key, stream=MASK_STREAM)))
+                crop = self._crop_of(key, index)
+                rng = sample_generator(self._seed, *crop)
+                mask_rng = sample_generator(self._seed, *key, stream=MASK_STREAM)
+                samples.append(self._view(image, rng, mask_rng, with_target=self._codes is None))
+                if self._codes is not None:
+                    codes.append(self._codes.read(crop.epoch, crop.image))
             else:
-                samples.append(self._view(image, rng))
+                samples.append(self._view(image, sample_generator(self._seed, *key)))
             indices.append(index)
         batch: PretrainBatch | LabelledBatch
         if isinstance(self._view, PretrainView):
-            batch = _collate_pretrain(samples, indices, masked_count=self._view.mask_sampler.count)
+            batch = _collate_pretrain(samples, indices, self._view.mask_sampler, codes)
         else:
             batch = _collate_labelled(samples, indices, self.source)
         return _Delivery(batch, tuple(broken.items()))
+
+    def _crop_of(self, key: SampleKey, index: int) -> SampleKey:
+        """What the crop depends on; `index`: of the image that was read.
+
+        Crops that are seen again belong to their image, whichever image it stands in for.
+        """
+        if self._crops is None:
+            return key
+        return SampleKey((key.epoch + key.repeat) % self._crops, index, 0)
 
 
 class _EvalDataset(Dataset[_Delivery]):
@@ -134,15 +173,21 @@ def stack(images: list[Tensor]) -> Tensor:
     return default_collate(images)  # in a worker straight into shared memory
 
 
-def _collate_pretrain(samples: list[Any], indices: list[int], *, masked_count: int) -> PretrainBatch:
-    masked = np.stack([sample.masked for sample in samples])
-    assert (masked.sum(1) == masked_count).all(), "the device relies on the same number in every row"
+def _collate_pretrain(
+    samples: list[Any], indices: list[int], mask_sampler: MaskSampler | None, codes: list[np.ndarray]
+) -> PretrainBatch:
+    masked = None
+    if mask_sampler is not None:
+        masked = torch.from_numpy(np.stack([sample.masked for sample in samples]))
+        hides_as_many = masked.sum(1) == mask_sampler.count
+        assert hides_as_many.all(), "the device relies on the same number in every row"
     has_targets = samples[0].target_image is not None
     return PretrainBatch(
         images=stack([sample.image for sample in samples]),
         target_images=stack([sample.target_image for sample in samples]) if has_targets else None,
-        masked=torch.from_numpy(masked),
+        masked=masked,
         index=torch.tensor(indices),
+        codes=torch.from_numpy(np.stack(codes).astype(np.int64)) if codes else None,
     )
 
 
@@ -184,13 +229,13 @@ class BatchLoader:
 
 
 def train_loader(
-    dataset: ViewDataset, stream: EpochStream, *, workers: int, pin_memory: bool = False
+    dataset: ViewDataset, stream: Sampler[list[SampleKey]], *, workers: int, pin_memory: bool = False
 ) -> BatchLoader:
     """Micro-batches of the stream, one after the other.
 
     Args:
         dataset: makes the batches.
-        stream: says which.
+        stream: says which; an `EpochStream` in training.
         workers: processes that read ahead; 0: none. The batches do not depend on it.
         pin_memory: hand batches over in page-locked memory, for CUDA.
     """

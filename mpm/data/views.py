@@ -3,6 +3,7 @@
 Every draw comes from a generator of one sample's own, so views do not depend on workers, order or history.
 """
 
+import copy
 import math
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ def sample_generator(
 
     Args:
         seed: of the run.
-        view: the epoch.
+        view: the epoch, or the number of a crop that is seen again.
         index: of the image in its source.
         repeat: which of the image's samples within the epoch.
         stream: crops and masks draw from different streams.
@@ -100,12 +101,12 @@ class PretrainSample(NamedTuple):
     Attributes:
         image: [C,h,w] uint8 or float32.
         target_image: [C,h2,w2], the same crop at the tokenizer's size; None where the target is the image.
-        masked: bool [N], True = masked.
+        masked: bool [N], True = masked; None where nothing is masked.
     """
 
     image: Tensor
     target_image: Tensor | None
-    masked: np.ndarray
+    masked: np.ndarray | None
 
 
 class PretrainView:
@@ -113,7 +114,7 @@ class PretrainView:
 
     Args:
         image_size: height, width of the result in pixels.
-        mask_sampler: draws the mask.
+        mask_sampler: draws the mask; None: whole crops, to train a tokenizer on.
         crop_scale: share of the image's area.
         crop_ratio: width by height of the crop.
         flip: mirror every other image.
@@ -127,7 +128,7 @@ class PretrainView:
         self,
         image_size: tuple[int, int],
         *,
-        mask_sampler: MaskSampler,
+        mask_sampler: MaskSampler | None,
         crop_scale: tuple[float, float] = (0.2, 1.0),
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: bool = True,
@@ -145,20 +146,38 @@ class PretrainView:
         self._target_size = target_size
         self._target_interpolation = target_interpolation
 
+    def target_only(self) -> "PretrainView":
+        """The same crops as the tokenizer gets them, in place of the network's image, without a mask."""
+        view = copy.copy(self)
+        view.mask_sampler = None
+        if self._target_size is not None:
+            view.image_size, view._interpolation = self._target_size, self._target_interpolation
+            view._target_size = None
+        return view
+
     def __call__(
-        self, image: Tensor, rng: np.random.Generator, mask_rng: np.random.Generator
+        self,
+        image: Tensor,
+        rng: np.random.Generator,
+        mask_rng: np.random.Generator,
+        *,
+        with_target: bool = True,
     ) -> PretrainSample:
-        """Views of [C,H,W]; the mask has a generator of its own, so crops can be repeated under new masks."""
+        """Views of [C,H,W]; the mask has a generator of its own, so crops can be repeated under new masks.
+
+        `with_target` False leaves out the second view, and changes nothing else.
+        """
         crop = self._crop(image, rng)
         views = [resize(crop, self.image_size, interpolation=self._interpolation)]
-        if self._target_size is not None:
+        if with_target and self._target_size is not None:
             views.append(resize(crop, self._target_size, interpolation=self._target_interpolation))
         if self._flip and rng.random() < 0.5:
             views = [view.flip(-1) for view in views]
         if self._jitter is not None:
             change = self._jitter.draw(len(image), rng)
             views = [change(view) for view in views]
-        return PretrainSample(views[0], views[1] if len(views) > 1 else None, self.mask_sampler(mask_rng))
+        masked = None if self.mask_sampler is None else self.mask_sampler(mask_rng)
+        return PretrainSample(views[0], views[1] if len(views) > 1 else None, masked)
 
 
 class TrainView:

@@ -2,7 +2,7 @@
 
 from mpm.backbones.cost import backbone_macs, blocks_macs, linear_macs
 from mpm.objectives.masked import MaskedPrediction
-from mpm.objectives.predictors import DecoderPredictor, LinearPredictor, Predictor
+from mpm.objectives.predictors import ClassPretrainingPredictor, DecoderPredictor, LinearPredictor, Predictor
 
 __all__ = ["masked_macs"]
 
@@ -33,6 +33,9 @@ def _predictor_macs(predictor: Predictor, R: int, K: int, M: int) -> int:
     match predictor:
         case LinearPredictor():
             return linear_macs(predictor.head, M)
+        case ClassPretrainingPredictor():
+            blocks = blocks_macs(list(predictor.blocks), R + K + M, rows=M)
+            return blocks + linear_macs(predictor.head, 2 * M)
         case DecoderPredictor():
             blocks = blocks_macs(list(predictor.blocks), R + K + M, rows=M)
             return linear_macs(predictor.embed, R + K) + blocks + linear_macs(predictor.head, M)

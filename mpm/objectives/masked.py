@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mpm.backbones.backbone import Backbone
@@ -30,7 +31,7 @@ class MaskedInputs(NamedTuple):
     Attributes:
         images: normalised, float32 [B,C,H,W].
         mask: which patches are hidden.
-        targets: float32 [B,M,F].
+        targets: float32 [B,M,F], or codes int64 [B,M].
     """
 
     images: Tensor
@@ -46,7 +47,7 @@ class MaskedPrediction(nn.Module):
     Args:
         backbone: the encoder.
         predictor: encoder output to predictions at masked patches.
-        loss: (predictions [S,B,M,F], targets [S,B,M,F]) -> [S,B,M].
+        loss: (predictions [S,B,M,F], targets [S,B,M,F] or codes [S,B,M]) -> [S,B,M].
     """
 
     def __init__(self, backbone: Backbone, predictor: Predictor, *, loss: Callable[[Tensor, Tensor], Tensor]):
@@ -60,18 +61,25 @@ class MaskedPrediction(nn.Module):
         token = self.predictor.encoder_mask_token
         tokens = self.backbone.embed(images, mask, token)
         if token is None:
-            encoded = self.backbone.encode(tokens, at=mask.visible)
+            encoded = self.backbone.encode(tokens, at=mask.visible, layers=self.predictor.layers)
         else:
-            encoded = self.backbone.encode(
-                tokens, read=mask.masked if self.predictor.reads == "masked" else None
-            )
+            read = mask.masked if self.predictor.reads == "masked" else None
+            encoded = self.backbone.encode(tokens, read=read, layers=self.predictor.layers)
         return self.predictor(encoded, mask)
 
     def forward(self, inputs: MaskedInputs, progress: Tensor) -> ObjectiveOutput:
-        """The mean over masked patches, summed over the S predictions; `progress` is not used."""
+        """The mean over masked patches, summed over the S predictions; `progress` is not used.
+
+        Of codes, `code_accuracy` is the share that the first prediction gets right.
+        """
         predictions = self.predict(inputs.images, inputs.mask)
-        losses = self._loss(predictions, inputs.targets.expand_as(predictions))  # [S,B,M]
-        return ObjectiveOutput(losses.mean((1, 2)).sum(), {})
+        targets = inputs.targets.expand(len(predictions), *inputs.targets.shape)
+        losses = self._loss(predictions, targets)  # [S,B,M]
+        metrics = {}
+        if not targets.is_floating_point():
+            with torch.no_grad():
+                metrics["code_accuracy"] = (predictions[0].argmax(-1) == targets[0]).float().mean()
+        return ObjectiveOutput(losses.mean((1, 2)).sum(), metrics)
 
     def after_step(self, step: int) -> None:
         """Nothing moves but by the optimizer."""

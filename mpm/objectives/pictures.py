@@ -10,7 +10,7 @@ from mpm.patchify.masks import PatchMask
 from mpm.patchify.patches import patchify, unpatchify
 from mpm.patchify.pixels import Normalize
 
-__all__ = ["displayable", "reconstructions"]
+__all__ = ["displayable", "reconstructions", "sheet"]
 
 _SMALLEST_TILE_PX = 96
 _GAP_PX = 4
@@ -47,10 +47,10 @@ def reconstructions(
     index = mask.masked[..., None].expand(-1, -1, patches.shape[-1])
     hidden = unpatchify(patches.scatter(1, index, 0.5), patch_size, grid=objective.backbone.grid)
     rows = [displayable(row) for row in (images, hidden, target.render(predictions, images, mask))]
-    return _sheet(torch.stack(rows))
+    return sheet(torch.stack(rows))
 
 
-def _sheet(tiles: Tensor) -> Tensor:
+def sheet(tiles: Tensor) -> Tensor:
     """Tiles uint8 [rows,columns,3,H,W] on a white sheet, uint8 [3,H',W']."""
     scale = max(1, -(-_SMALLEST_TILE_PX // min(tiles.shape[-2:])))
     tiles = tiles.repeat_interleave(scale, -2).repeat_interleave(scale, -1)

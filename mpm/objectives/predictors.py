@@ -1,16 +1,17 @@
 """Predictors: encoder output to a prediction at each masked patch."""
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mpm.backbones.attention import Attention
-from mpm.backbones.backbone import Encoded, Positions
+from mpm.backbones.backbone import Encoded, Positions, take_rows
 from mpm.backbones.blocks import Block, Mlp
 from mpm.patchify.masks import PatchMask
 
-__all__ = ["DecoderPredictor", "LinearPredictor", "Predictor"]
+__all__ = ["ClassPretrainingPredictor", "DecoderPredictor", "LinearPredictor", "Predictor"]
 
 
 class Predictor(Protocol):
@@ -19,11 +20,13 @@ class Predictor(Protocol):
     Attributes:
         encoder_mask_token: [D], fills masked patches before the trunk; None: it sees visible patches only.
         reads: which patches of the trunk's last block are used.
+        layers: indices of blocks whose outputs are used too.
         norm: the norm of the trunk's output.
     """
 
     norm: nn.LayerNorm
     reads: Literal["all", "masked"]
+    layers: tuple[int, ...]
 
     @property
     def encoder_mask_token(self) -> nn.Parameter | None:
@@ -31,7 +34,7 @@ class Predictor(Protocol):
         ...
 
     def __call__(self, encoded: Encoded, mask: PatchMask) -> Tensor:
-        """-> [S,B,M,out]; S = 1 but for objectives that predict twice."""
+        """-> [S,B,M,out]; S = 1 but for `ClassPretrainingPredictor`."""
         ...
 
 
@@ -44,6 +47,7 @@ class LinearPredictor(nn.Module):
     """
 
     reads: Literal["all", "masked"] = "masked"
+    layers: tuple[int, ...] = ()
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
@@ -54,6 +58,43 @@ class LinearPredictor(nn.Module):
     def forward(self, encoded: Encoded, mask: PatchMask) -> Tensor:
         """Encoded patches [B,M,D], the masked ones -> [1,B,M,out]."""
         return self.head(self.norm(encoded.patches))[None]
+
+
+class ClassPretrainingPredictor(nn.Module):
+    """One Linear layer read twice, the second time after extra blocks on class token and early patches.
+
+    The extra blocks see the class token of the trunk's last block and the patches of an earlier one, so what
+    is missing there has to come through the class token (BEiT v2, arXiv:2208.06366, section 2.3). Norm and
+    Linear layer are shared by both; the relative position bias is the trunk's. The last block computes masked
+    tokens only, which is exact.
+
+    Args:
+        dim: width of the backbone.
+        out_dim: width of a prediction.
+        blocks: the extra ones, at least one, like the trunk's.
+        early_layer: block whose patches they see, counted from 1.
+    """
+
+    reads: Literal["all", "masked"] = "masked"
+
+    def __init__(self, dim: int, out_dim: int, *, blocks: Sequence[nn.Module], early_layer: int):
+        super().__init__()
+        self.layers: tuple[int, ...] = (early_layer - 1,)
+        self.encoder_mask_token = nn.Parameter(torch.empty(dim))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, out_dim)
+
+    def forward(self, encoded: Encoded, mask: PatchMask) -> Tensor:
+        """Encoded patches [B,M,D], the masked ones, and an early layer [B,R+N,D] -> [2,B,M,out]."""
+        R = encoded.prefix.shape[1]
+        x = torch.cat([encoded.prefix, encoded.layers[0][:, R:]], dim=1)  # [B,R+N,D]
+        for block in self.blocks[:-1]:
+            x = block(x, encoded.bias)
+        rows = mask.masked + R
+        bias = None if encoded.bias is None else take_rows(encoded.bias, rows)
+        x = self.blocks[-1](x, bias, rows)  # [B,M,D]
+        return self.head(self.norm(torch.stack([encoded.patches, x])))
 
 
 class DecoderPredictor(nn.Module):
@@ -73,6 +114,7 @@ class DecoderPredictor(nn.Module):
 
     encoder_mask_token = None
     reads: Literal["all", "masked"] = "all"
+    layers: tuple[int, ...] = ()
 
     def __init__(
         self,

@@ -10,17 +10,25 @@ from torch.nn import functional as F
 from mpm.objectives.masked import MaskedInputs
 from mpm.objectives.supervised import LabelledInputs
 from mpm.objectives.targets import Target
+from mpm.objectives.tokenizer_inputs import TokenizerInputs
 from mpm.patchify.masks import PatchMask
 from mpm.patchify.pixels import Normalize, to_unit
 
-__all__ = ["Mixing", "PrepareLabelled", "PrepareMasked"]
+__all__ = ["Mixing", "PrepareLabelled", "PrepareMasked", "PrepareTokenizer"]
 
 
-class _MaskedBatch(Protocol):
+class _Batch(Protocol):
     @property
     def images(self) -> Tensor: ...
+
+
+class _MaskedBatch(_Batch, Protocol):
     @property
-    def masked(self) -> Tensor: ...
+    def target_images(self) -> Tensor | None: ...
+    @property
+    def masked(self) -> Tensor | None: ...
+    @property
+    def codes(self) -> Tensor | None: ...
 
 
 class _LabelledBatch(Protocol):
@@ -31,10 +39,10 @@ class _LabelledBatch(Protocol):
 
 
 class PrepareMasked:
-    """Normalises the images and computes the targets.
+    """Normalises the images and computes the targets, unless their codes come with the batch.
 
     Args:
-        target: what is predicted; it gets images in [0,1].
+        target: what is predicted; it gets its own view of the images, in [0,1].
         normalize: for the network.
         num_masked: M, the same in every row.
         device: of the network.
@@ -47,10 +55,34 @@ class PrepareMasked:
         self._device = device
 
     def __call__(self, batch: _MaskedBatch) -> MaskedInputs:
-        """A batch with images [B,C,H,W] and masked bool [B,N]."""
+        """A batch with images [B,C,H,W], masked bool [B,N]; maybe the target's view, or codes int64 [B,N]."""
+        assert batch.masked is not None
         images = to_unit(batch.images, self._device)
         mask = PatchMask.from_bool(batch.masked.to(self._device, non_blocking=True), self._num_masked)
-        return MaskedInputs(self._normalize(images), mask, self.target(images, mask))
+        if batch.codes is not None:
+            targets = mask.take_masked(batch.codes.to(self._device, non_blocking=True))
+        else:
+            own = batch.target_images
+            targets = self.target(images if own is None else to_unit(own, self._device), mask)
+        return MaskedInputs(self._normalize(images), mask, targets)
+
+
+class PrepareTokenizer:
+    """Images in [0,1], and what the teacher says of them.
+
+    Args:
+        teacher: images [B,C,H,W] in [0,1] -> features [B,N,F]; None: there is none.
+        device: of the tokenizer.
+    """
+
+    def __init__(self, teacher: Callable[[Tensor], Tensor] | None, *, device: torch.device):
+        self._teacher = teacher
+        self._device = device
+
+    def __call__(self, batch: _Batch) -> TokenizerInputs:
+        """A batch with images [B,C,H,W]."""
+        images = to_unit(batch.images, self._device)
+        return TokenizerInputs(images, None if self._teacher is None else self._teacher(images))
 
 
 class Mixing(NamedTuple):

@@ -14,12 +14,14 @@ class Tokenizer(Protocol):
         vocab_size: V, number of codes.
         stride: height and width in pixels of what a code stands for.
         channels: of the images.
+        grid: codes per side (rows, columns) of the images it takes; None: any.
         interpolation: of crops to its size, "bicubic", "bilinear" or "lanczos".
     """
 
     vocab_size: int
     stride: tuple[int, int]
     channels: int
+    grid: tuple[int, int] | None
     interpolation: str
 
     def encode(self, images: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ class StepReport(NamedTuple):
     step: int  # finished steps, this one included
     lr: float  # before layer-wise scaling
     loss: Tensor  # [], mean over the micro-batches
-    grad_norm: Tensor  # [], before clipping
+    grad_norm: Tensor | None  # [], before clipping; None: without an optimizer
     metrics: dict[str, Tensor]  # [] each, means over the micro-batches
     wait_s: float  # waited for data
     images: int
@@ -36,10 +36,11 @@ def train_steps(
     batches: Iterable[Any],
     *,
     prepare: Callable[[Any], Any],
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     lr_at: Callable[[int], float],
     start: int,
     stop: int,
+    total: int | None = None,
     accumulate: int = 1,
     clip_norm: float | None = None,
     dtype: torch.dtype = torch.float32,
@@ -48,17 +49,20 @@ def train_steps(
     """Trains from step `start` to `stop`; never waits for the device.
 
     One step is `accumulate` micro-batches: forward (autocast to `dtype`), backward, mean of the gradients;
-    then clip, optimizer step, `objective.after_step(finished steps)`, EMA.
+    then clip, optimizer step, `objective.after_step(finished steps)`, EMA. Without an optimizer there are no
+    gradients: `after_step` is all that learns.
 
     Args:
         objective: called as `objective(inputs, progress)`, gives `.loss` [] and `.metrics`, a dict of
             detached [] tensors; may be wrapped in DDP. `progress` [] is the share of the run done, in [0, 1).
         batches: micro-batches with `.images` [B,...]; at least `accumulate * (stop - start)`.
         prepare: from a batch to the objective's inputs, on the device; run without gradients.
-        optimizer: its groups have `lr_scale` (`parameter_groups`).
+        optimizer: its groups have `lr_scale` (`parameter_groups`); None: of an objective that learns
+            without gradients, and so is not wrapped in DDP.
         lr_at: rate of a step, counted from 0.
         start: finished steps.
-        stop: finished steps at the end of the run.
+        stop: finished steps at which to end.
+        total: finished steps at the end of the schedule, for `progress`; None: `stop`.
         accumulate: micro-batches of a step.
         clip_norm: largest gradient norm; None does not clip.
         dtype: of the forward's matrix products, float32 or bfloat16.
@@ -66,14 +70,15 @@ def train_steps(
     """
     wrapped = objective if isinstance(objective, DistributedDataParallel) else None
     module: Any = wrapped.module if wrapped else objective
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    device = parameters[0].device
+    groups = [] if optimizer is None else optimizer.param_groups
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    device = (parameters[0] if parameters else next(objective.buffers())).device
     micro_batches = iter(batches)
     for step in range(start, stop):
         lr = lr_at(step)
-        for group in optimizer.param_groups:
+        for group in groups:
             group["lr"] = lr * group["lr_scale"]
-        progress = torch.full((), step / stop, device=device)  # a fill, where a copy would wait
+        progress = torch.full((), step / (total or stop), device=device)  # a fill, where a copy would wait
         losses: list[Tensor] = []
         metrics: dict[str, list[Tensor]] = {}
         wait_s, images = 0.0, 0
@@ -86,15 +91,21 @@ def train_steps(
                 inputs = prepare(batch)
             # processes exchange gradients once a step, in the last backward
             with wrapped.no_sync() if wrapped and remaining else contextlib.nullcontext():
-                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                with (
+                    torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
+                    torch.no_grad() if optimizer is None else contextlib.nullcontext(),
+                ):
                     output = objective(inputs, progress)
-                (output.loss / accumulate).backward()
+                if optimizer is not None:
+                    (output.loss / accumulate).backward()
             losses.append(output.loss.detach())
             for name, value in output.metrics.items():
                 metrics.setdefault(name, []).append(value)
-        grad_norm = _gradient_norm(parameters, clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        grad_norm = None
+        if optimizer is not None:
+            grad_norm = _gradient_norm(parameters, clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         module.after_step(step + 1)
         if ema is not None:
             ema.update(module)

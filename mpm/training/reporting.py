@@ -77,7 +77,9 @@ class Reporter:
 
     def add(self, report: StepReport) -> None:
         """Takes a step into the window."""
-        values = {"loss": report.loss, "grad_norm": report.grad_norm, **report.metrics}
+        values = {"loss": report.loss, **report.metrics}
+        if report.grad_norm is not None:
+            values["grad_norm"] = report.grad_norm
         for name, value in values.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -99,7 +101,7 @@ class Reporter:
         record = {
             "loss": means.pop("loss"),
             "lr": self._lr,
-            "grad_norm": means.pop("grad_norm"),
+            **({"grad_norm": means.pop("grad_norm")} if "grad_norm" in means else {}),
             **means,
             "images_per_s": self._steps * self.global_batch / seconds,
             "data_wait": slowest[0].item(),
@@ -129,7 +131,7 @@ class Reporter:
         means = (torch.stack([self._sums[name] for name in names]) / self._steps).cpu()
         by_rank = distributed.gather_rows(means[None])
         # a finite loss with a gradient that is not has already spoilt the weights
-        watched = [names.index("loss"), names.index("grad_norm")]
+        watched = [names.index(name) for name in ("loss", "grad_norm") if name in names]
         broken = [rank for rank, row in enumerate(by_rank) if not row[watched].isfinite().all()]
         if broken:
             raise FloatingPointError(
@@ -156,6 +158,25 @@ class Reporter:
         """Shows a picture, uint8 [3,H,W], in TensorBoard."""
         if distributed.is_main():
             self._tensorboard.add_image(tag, image.cpu(), step)
+
+    def code_histogram(self, tag: str, counts: Tensor, step: int) -> None:
+        """Shows how often each code [V] is used in TensorBoard, the most frequent first: flat is healthy."""
+        if not distributed.is_main():
+            return
+        V = len(counts)
+        bins = counts.sort(descending=True).values.cpu().double().tensor_split(min(V, 64))
+        edges = torch.tensor([len(part) for part in bins]).cumsum(0).tolist()
+        self._tensorboard.add_histogram_raw(
+            tag,
+            min=0,
+            max=V,
+            num=int(counts.sum()),
+            sum=float(counts.sum()),
+            sum_squares=float(counts.double().square().sum()),
+            bucket_limits=edges,
+            bucket_counts=[float(part.sum()) for part in bins],
+            global_step=step,
+        )
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """Shows a text, Markdown, in TensorBoard."""

@@ -1,11 +1,13 @@
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from mpm.data.codes import CodeCache
 from mpm.data.loading import BatchLoader, PretrainBatch, ViewDataset, eval_loader, train_loader
 from mpm.data.stream import EpochStream
 from mpm.data.views import EvalView, PretrainView, TrainView
@@ -17,9 +19,29 @@ PRETRAIN = PretrainView(
 TRAIN = TrainView((8, 8), rand_augment="rand-m9-mstd0.5-inc1")
 
 
-def loader(source, view, *, workers=0, steps=(0, 6), batch_size=8, **options) -> BatchLoader:
+def loader(
+    source, view, *, workers=0, steps=(0, 6), batch_size=8, crops=None, codes=None, **options
+) -> BatchLoader:
     stream = EpochStream(len(source), batch_size, seed=0, start_step=steps[0], stop_step=steps[1], **options)
-    return train_loader(ViewDataset(source, view, seed=5), stream, workers=workers)
+    return train_loader(ViewDataset(source, view, seed=5, crops=crops, codes=codes), stream, workers=workers)
+
+
+def by_image(batches, field: str) -> dict[int, np.ndarray]:
+    """The rows of a field by the image that was asked for or, in its place, read."""
+    return {
+        int(image): row.numpy()
+        for batch in batches
+        for image, row in zip(batch.index, getattr(batch, field), strict=True)
+    }
+
+
+def cached_codes(path: Path, source, *, crops: int, num_patches: int = 16) -> CodeCache:
+    sizes = {"crops": crops, "images": len(source), "num_patches": num_patches, "vocab_size": 65536}
+    images = np.arange(len(source))[:, None] * num_patches + np.arange(num_patches)
+    with CodeCache.create_or_open(path, fingerprint={}, **sizes) as cache:
+        for crop in range(crops):
+            cache.write(crop, 0, images + 20_000 * crop)
+    return CodeCache.open(path, fingerprint={})
 
 
 def test_pretraining_batches_are_eight_bit_with_exact_masks(memory_images: Callable) -> None:
@@ -47,9 +69,10 @@ def test_batches_do_not_depend_on_processes(memory_images: Callable) -> None:
     shares = [list(loader(source, PRETRAIN, rank=rank, world_size=2)) for rank in range(2)]
     for whole, *parts in zip(loader(source, PRETRAIN), *shares, strict=True):
         for name in PretrainBatch._fields:
-            torch.testing.assert_close(
-                torch.cat([getattr(part, name) for part in parts]), getattr(whole, name), atol=0, rtol=0
-            )
+            if name != "codes":
+                torch.testing.assert_close(
+                    torch.cat([getattr(part, name) for part in parts]), getattr(whole, name), atol=0, rtol=0
+                )
 
 
 def test_resumed_batches_equal_the_uninterrupted_ones(memory_images: Callable) -> None:
@@ -73,6 +96,87 @@ def test_epochs_and_repeats_see_other_crops_and_masks(memory_images: Callable) -
     samples = [(0, first[0]), (0, again), (1, first[1])]
     assert len({batches[step].images[row].numpy().tobytes() for step, row in samples}) == 3
     assert len({batches[step].masked[row].numpy().tobytes() for step, row in samples}) == 3
+
+
+def test_crops_come_again_under_other_masks(memory_images: Callable) -> None:
+    source = memory_images(16, (3, 12, 10))
+    epochs = [list(loader(source, PRETRAIN, crops=3, steps=(2 * e, 2 * e + 2))) for e in range(4)]
+    for field, comes_again in (("images", True), ("target_images", True), ("masked", False)):
+        first, *between, again = (by_image(batches, field) for batches in epochs)
+        assert sorted(first) == sorted(again) == [*range(16)]
+        equal = [np.array_equal(first[image], again[image]) for image in range(16)]
+        assert all(equal) if comes_again else sum(equal) < 3
+        for other in between:
+            assert sum(np.array_equal(first[image], other[image]) for image in range(16)) < 3
+    # masks are those of the epoch, as without crops that come again
+    endless = by_image(loader(source, PRETRAIN, steps=(6, 8)), "masked")
+    np.testing.assert_equal(by_image(epochs[3], "masked"), endless)
+
+
+def test_few_images_see_all_crops_within_an_epoch(memory_images: Callable) -> None:
+    (batch,) = loader(memory_images(4), PRETRAIN, crops=3, batch_size=12, steps=(0, 1))
+    rows = [batch.images[row].numpy().tobytes() for row in range(12) if batch.index[row] == 0]
+    assert len(rows) == len(set(rows)) == 3
+
+
+def test_crop_that_comes_again_belongs_to_the_image_that_is_read(memory_images: Callable) -> None:
+    source = memory_images(200)
+    whole = by_image(loader(source, PRETRAIN, crops=1, steps=(0, 25)), "images")
+    source.broken = {17, 18}
+    batches = list(loader(source, PRETRAIN, crops=1, steps=(0, 25)))
+    stand_ins = [batch.images[row] for batch in batches for row in torch.where(batch.index == 19)[0]]
+    assert len(stand_ins) == 3
+    for image in stand_ins:
+        np.testing.assert_array_equal(image, whole[19])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cached_codes_are_those_of_the_crop(memory_images: Callable, tmp_path: Path, workers: int) -> None:
+    source = memory_images(16, (3, 12, 10))
+    codes = cached_codes(tmp_path / "codes", source, crops=2)
+    given = {"crops": 2, "steps": (0, 6), "workers": workers}
+    with_codes = list(loader(source, PRETRAIN, codes=codes, **given))
+    for step, (batch, plain) in enumerate(zip(with_codes, loader(source, PRETRAIN, **given), strict=True)):
+        assert batch.codes.dtype == torch.int64
+        expected = batch.index[:, None] * 16 + torch.arange(16) + 20_000 * (step // 2 % 2)
+        assert torch.equal(batch.codes, expected)
+        assert plain.codes is None
+        assert batch.target_images is None  # and the rest is the same
+        for field in ("images", "masked", "index"):
+            assert torch.equal(getattr(batch, field), getattr(plain, field))
+
+
+def test_codes_of_another_number_of_crops_or_images_are_refused(
+    memory_images: Callable, tmp_path: Path
+) -> None:
+    codes = cached_codes(tmp_path / "codes", memory_images(16), crops=2)
+    with pytest.raises(ValueError, match="2 crops of 16 images, not of 3 crops of 16"):
+        loader(memory_images(16), PRETRAIN, crops=3, codes=codes)
+    with pytest.raises(ValueError, match="2 crops of 16 images, not of 2 crops of 20"):
+        loader(memory_images(20), PRETRAIN, crops=2, codes=codes)
+
+
+def test_missing_codes_are_told_in_one_line(memory_images: Callable, tmp_path: Path) -> None:
+    source = memory_images(200)
+    sizes = {"crops": 1, "images": 200, "num_patches": 16, "vocab_size": 9}
+    with CodeCache.create_or_open(tmp_path / "codes", fingerprint={}, **sizes) as cache:
+        cache.write(0, 0, np.zeros((200, 16), int), readable=np.arange(200) != 7)
+    codes = CodeCache.open(tmp_path / "codes", fingerprint={})
+    with pytest.raises(ValueError, match="no codes for image 7"):
+        list(loader(source, PRETRAIN, crops=1, codes=codes, steps=(0, 25)))
+    source.broken = {7}
+    assert len(list(loader(source, PRETRAIN, crops=1, codes=codes, steps=(0, 25)))) == 25
+
+
+def test_whole_crops_have_no_mask(memory_images: Callable) -> None:
+    whole = list(loader(memory_images(16), PretrainView((8, 8), mask_sampler=None)))
+    for batch, masked in zip(
+        whole,
+        loader(memory_images(16), PretrainView((8, 8), mask_sampler=RandomMask((2, 2), count=1))),
+        strict=True,
+    ):
+        assert batch.masked is None
+        assert batch.index.equal(masked.index)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

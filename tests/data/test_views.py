@@ -118,6 +118,83 @@ def test_both_views_show_the_same_crop(seed: int) -> None:
     assert (halved.float() - sample.target_image.float()).abs().mean() < 3
 
 
+def painted(H: int, W: int, dtype: torch.dtype) -> torch.Tensor:
+    """An image that says where it is: the column, the row and their sum."""
+    x, y = torch.meshgrid(torch.linspace(0.2, 0.6, W), torch.linspace(0.2, 0.6, H), indexing="xy")
+    image = torch.stack([x, y, (x + y) / 2])
+    return image if dtype == torch.float32 else (image * 255).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize(
+    ("grid", "patch", "stride"),
+    [((7, 7), (16, 16), (8, 8)), ((5, 8), (16, 16), (14, 14)), ((6, 4), (4, 8), (16, 16))],
+)
+def test_views_are_aligned_to_the_pixel(
+    grid: tuple[int, int],
+    patch: tuple[int, int],
+    stride: tuple[int, int],
+    interpolation: str,
+    dtype: torch.dtype,
+) -> None:
+    """A patch and its code show the same place: the middle of the one is the middle of the other."""
+    rows, columns = grid
+    image_size, target_size = ((rows * side[0], columns * side[1]) for side in (patch, stride))
+    view = PretrainView(
+        image_size,
+        mask_sampler=None,
+        color_jitter=0.2,
+        target_size=target_size,
+        target_interpolation=interpolation,
+    )
+    image = painted(150, 230, dtype)
+    seen = set()
+    for seed in range(12):
+        sample = view(image, np.random.default_rng(seed), np.random.default_rng(0))
+        assert sample.target_image.shape == (3, *target_size)
+        assert sample.target_image.dtype == dtype
+        shown = [
+            part.float().reshape(3, rows, side[0], columns, side[1]).mean((2, 4))
+            for part, side in ((sample.image, patch), (sample.target_image, stride))
+        ]
+        across = (shown[0][0, :, -1] - shown[0][0, :, 0]).abs().mean() / (columns - 1)  # from patch to patch
+        down = (shown[0][1, -1] - shown[0][1, 0]).abs().mean() / (rows - 1)
+        apart = (shown[0] - shown[1]).abs()[:2].amax((1, 2)) / torch.stack([across, down])
+        # 8 bits are coarse on so flat a ramp; a shift by one pixel gives 0.06 and more, there 0.085
+        limit = 0.01 if dtype == torch.float32 else 0.075
+        assert apart.max() < limit, f"views are {apart.max():.3f} patches apart"
+        seen.add(bool(sample.image[0, 0, 0] < sample.image[0, 0, -1]))
+    assert seen == {False, True}  # flipped and not
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tokenizers_view_alone_is_the_one_of_the_pair(seed: int) -> None:
+    image = picture()
+    pair = PretrainView(
+        (32, 32),
+        mask_sampler=MASK,
+        target_size=(16, 24),
+        target_interpolation="lanczos",
+        color_jitter=0.4,
+    )
+    both, alone, first = (
+        look(image, np.random.default_rng(seed), np.random.default_rng(0), **options)
+        for look, options in ((pair, {}), (pair.target_only(), {}), (pair, {"with_target": False}))
+    )
+    assert torch.equal(alone.image, both.target_image)
+    assert alone.target_image is alone.masked is None
+    assert torch.equal(first.image, both.image)
+    assert first.target_image is None
+    np.testing.assert_array_equal(first.masked, both.masked)
+    without = PretrainView((32, 32), mask_sampler=MASK)  # the target is the image
+    same = [
+        look(image, np.random.default_rng(seed), np.random.default_rng(0)).image
+        for look in (without, without.target_only())
+    ]
+    assert torch.equal(*same)
+
+
 def test_flip_mirrors_about_half_of_the_images() -> None:
     ramp = torch.arange(16, dtype=torch.uint8).repeat(1, 16, 1)
     view = TrainView((16, 16), crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))

@@ -6,15 +6,24 @@ from typing import NamedTuple
 from mpm.finetuning import finetune
 from mpm.pretraining import pretrain
 from tests.integration.runs import metrics
-from tests.integration.settings import CONV, HMLP, SIMMIM, finetune_config, pretrain_config
+from tests.integration.settings import (
+    CONV,
+    HMLP,
+    SIMMIM,
+    codes_of,
+    finetune_config,
+    pretrain_config,
+    tokenizer_config,
+)
 
 STEPS = 5
 PRETRAININGS = {
     "mae_linear": ["backbone.stem.kind=linear"],
     "simmim_hmlp": [*SIMMIM, HMLP % "layer"],
     "mae_conv": [CONV % "batch"],
+    "maskfeat_linear": ["objective.predictor={kind: linear}", "objective.target={kind: hog}"],
 }
-NAMES = (*PRETRAININGS, "finetune")
+NAMES = (*PRETRAININGS, "beit_hmlp", "finetune")
 FOLDER = Path(__file__).parent
 
 
@@ -36,6 +45,10 @@ def curve(name: str, folder: Path) -> Curve:
             curve("mae_linear", folder)
         init = f"init.checkpoint={folder / 'mae_linear'}"
         finetune(finetune_config(folder / name, init, f"optim.steps={STEPS}", "optim.warmup_steps=0"))
+    elif name == "beit_hmlp":
+        pretrain(tokenizer_config(folder / "kmeans", f"optim.steps={STEPS}"))
+        words = [*codes_of(folder / "kmeans"), HMLP % "batch", "backbone.initialization=beit"]
+        pretrain(pretrain_config(folder / name, *words, f"optim.steps={STEPS}", "optim.warmup_steps=0"))
     else:
         words = [*PRETRAININGS[name], f"optim.steps={STEPS}", "optim.warmup_steps=0"]
         pretrain(pretrain_config(folder / name, *words))

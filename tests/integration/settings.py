@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mpm.config import FinetuneConfig, PretrainConfig
+from mpm.config import FinetuneConfig, PretrainConfig, TokenizerConfig
 from mpm.configfile import load
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -29,6 +29,38 @@ def finetune_config(folder: Path, *words: str) -> FinetuneConfig:
     return load(CONFIGS / "finetune" / "debug.yaml", words, FinetuneConfig).config
 
 
+def tokenizer_config(folder: Path, *words: str) -> TokenizerConfig:
+    """A k-means tokenizer, or what the words make of it."""
+    words = (*QUICK, "monitor.every=1000000", "monitor.images=0", f"run.output_dir={folder}", *words)
+    return load(CONFIGS / "tokenizers" / "debug.yaml", words, TokenizerConfig).config
+
+
+def codes_of(tokenizer: Path) -> list[str]:
+    """Words for BEiT on a tokenizer, on a grid of 8x8."""
+    return [
+        f"objective.target={{kind: codes, tokenizer: {tokenizer}, min_live: 0.0}}",
+        "objective.predictor={kind: linear}",
+        "mask={kind: block, ratio: 0.4, min_area: 4}",
+    ]
+
+
+TOKENIZERS = {
+    "kmeans": [],
+    "dvae": [
+        "objective={kind: dvae, codes: 16, layers: 2, hidden: 8, code_dim: 8}",
+        "optim.lr=1e-2",
+    ],
+    "vqkd": [
+        "objective={kind: vqkd, codes: 16, code_dim: 4, teacher: {kind: hog}}",
+        "backbone={patch_size: 4, dim: 12, depth: 1, heads: 3}",
+        "optim.lr=1e-2",
+    ],
+}
+CLASS_PRETRAINING = [
+    "objective.predictor={kind: class_pretraining, early_layer: 1, depth: 2}",
+    "backbone.positions={table: none, bias: shared}",
+    "backbone.drop_path=0.2",
+]
 SCRATCH = ["init=null", "backbone={variant: debug, positions: {table: sincos}, initialization: mae}"]
 HMLP, CONV = "backbone.stem={kind: hmlp, norm: %s}", "backbone.stem={kind: conv, norm: %s}"
 SIMMIM = [

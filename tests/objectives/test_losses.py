@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -27,3 +29,18 @@ def test_patch_loss_is_in_float32(kind) -> None:
     assert torch.equal(loss, patch_loss(predictions.float(), targets, kind=kind))
     loss.sum().backward()
     assert predictions.grad.dtype == torch.bfloat16
+
+
+def test_cross_entropy_equals_a_loop() -> None:
+    logits, codes = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randint(5, (2, 3, 4))
+    rows = zip(logits.reshape(24, 5).tolist(), codes.flatten().tolist(), strict=True)
+    expected = [math.log(sum(map(math.exp, row))) - row[code] for row, code in rows]
+    found = patch_loss(logits, codes, kind="cross_entropy")
+    torch.testing.assert_close(found, torch.tensor(expected).reshape(2, 3, 4))
+
+
+def test_cross_entropy_of_equal_logits_is_the_logarithm_of_their_number() -> None:
+    found = patch_loss(
+        torch.zeros(1, 2, 3, 8192).bfloat16(), torch.zeros(1, 2, 3, dtype=torch.int64), kind="cross_entropy"
+    )
+    torch.testing.assert_close(found, torch.full((1, 2, 3), math.log(8192)))

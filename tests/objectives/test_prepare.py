@@ -22,6 +22,8 @@ CLASSES = 5
 class Masked(NamedTuple):
     images: Tensor
     masked: Tensor
+    target_images: Tensor | None = None
+    codes: Tensor | None = None
 
 
 class Labelled(NamedTuple):

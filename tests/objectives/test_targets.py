@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torch import Tensor
 
-from mpm.objectives.targets import PixelTarget
+from mpm.objectives.targets import CodeTarget, PixelTarget
 from mpm.patchify.pixels import Normalize
 from tests.networks import GRID, random_mask, with_hidden
 
@@ -107,3 +108,44 @@ def test_rendered_images_stay_displayable() -> None:
     rendered = target.render(torch.full((2, 7, 48), 100.0).bfloat16(), images, mask)
     assert rendered.min() >= 0
     assert rendered.max() == 1
+
+
+class Stripes:
+    """The code of a 2x2 patch is its first pixel in tenths; it decodes to patches of that value."""
+
+    vocab_size, stride, channels, grid, interpolation = 11, (2, 2), 1, None, "bicubic"
+
+    def encode(self, images: Tensor) -> Tensor:
+        return (images[:, 0, ::2, ::2] * 10).round().long().flatten(1)
+
+    def decode(self, codes: Tensor, grid: tuple[int, int]) -> Tensor | None:
+        return (codes.reshape(-1, 1, *grid) / 10).repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def test_code_target_is_the_tokenizers_codes_at_masked_patches() -> None:
+    images, mask = torch.rand(3, 1, 6, 8), random_mask(3, 12, 5)
+    target = CodeTarget(Stripes(), patch_size=(4, 4), draw=lambda codes, grid: None)
+    found = target(images, mask)
+    for row, masked in enumerate(mask.masked.tolist()):
+        whole = [round(10 * images[row, 0, 2 * (p // 4), 2 * (p % 4)].item()) for p in masked]
+        assert found[row].tolist() == whole
+    assert target.out_dim == 11
+
+
+@pytest.mark.parametrize("decodes", [True, False])
+def test_likeliest_codes_are_drawn_at_masked_patches_only(decodes: bool) -> None:
+    """Where the tokenizer has no decoder, by the given pictures of codes."""
+    images, mask = torch.rand(2, 1, 12, 16), random_mask(2, 12, 5)
+    codes = torch.randint(11, (2, 5))
+    tokenizer = Stripes()
+    draw = tokenizer.decode
+    if not decodes:
+        tokenizer.decode = lambda codes, grid: None
+    target = CodeTarget(tokenizer, patch_size=(4, 4), draw=draw)
+    drawn = target.render(torch.nn.functional.one_hot(codes, 11).float(), images, mask)
+    assert drawn.shape == images.shape
+    middle = torch.nn.functional.interpolate(drawn, (12, 16))[:, :, 1::4, 1::4].flatten(1)
+    expected = codes / 10
+    assert (middle.gather(1, mask.masked) - expected).abs().max() < 0.26  # neighbours show through the resize
+    hidden = with_hidden(images, mask, 0.0)
+    assert torch.equal(with_hidden(drawn, mask, 0.0), hidden)

@@ -208,6 +208,59 @@ def test_a_second_ctrl_c_interrupts_at_once() -> None:
         interrupt_twice()
 
 
+class Follower(nn.Module):
+    """Follows the mean of its inputs, after each step and without a gradient."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+        self.frozen = nn.Linear(6, 6)
+        self.seen: list[Tensor] = []
+        self.finished: list[int] = []
+
+    def forward(self, inputs: Tensor, progress: Tensor) -> Output:
+        outputs = self.frozen(inputs)
+        assert not outputs.requires_grad
+        self.seen.append(inputs.mean(0))
+        return Output((inputs - self.mean).square().mean(), {"progress": progress})
+
+    def after_step(self, step: int) -> None:
+        self.mean.lerp_(torch.stack(self.seen).mean(0), 0.5)
+        self.seen.clear()
+        self.finished.append(step)
+
+
+def test_without_an_optimizer_only_the_objective_itself_learns() -> None:
+    images, module = torch.rand(3 * 8, 6), Follower()
+    weight = module.frozen.weight.detach().clone()
+    ema = create_ema(module, decay=0.5)
+    reports = train_steps(
+        module,
+        [Batch(rows) for rows in images.split(4)],
+        prepare=lambda batch: batch.images,
+        optimizer=None,
+        lr_at=lambda step: 0.1 * step,
+        start=0,
+        stop=3,
+        accumulate=2,
+        ema=ema,
+    )
+    expected = torch.zeros(6)
+    for report, rows in zip(reports, images.split(8), strict=True):
+        torch.testing.assert_close(report.loss, (rows - expected).square().mean(), rtol=1e-5, atol=0)
+        expected = 0.5 * expected + 0.5 * rows.mean(0)
+        torch.testing.assert_close(module.mean, expected, rtol=1e-5, atol=1e-6)
+        assert report.grad_norm is None
+        assert report.lr == pytest.approx(0.1 * (report.step - 1))
+        assert float(report.metrics["progress"]) == pytest.approx((report.step - 1) / 3)
+        assert (report.images, module.finished[-1]) == (8, report.step)
+    assert module.frozen.weight.equal(weight)
+    assert module.frozen.weight.grad is None
+    torch.testing.assert_close(ema.module.mean, module.mean)  # buffers are copied
+
+
 class Mean(Regression):
     def forward(self, inputs: Tensor, progress: Tensor) -> Output:
         loss = self.layers(inputs).float().mean() * progress

@@ -118,6 +118,21 @@ def test_a_gradient_that_is_not_finite_stops_before_its_weights_are_saved(tmp_pa
         reporter.check_finite(1)
 
 
+def test_steps_without_a_gradient_are_reported_without_its_norm(tmp_path: Path) -> None:
+    reporter = reporter_at(tmp_path)
+    reporter.resume(0)
+    for step in range(1, 5):
+        reporter.add(report_at(step)._replace(grad_norm=None))
+    reporter.log(4)
+    reporter.add(report_at(5, math.nan)._replace(grad_norm=None))
+    with pytest.raises(FloatingPointError, match="not finite in steps 5 to 5"):
+        reporter.log(5)
+    reporter.close()
+    (line,) = lines_of(tmp_path)
+    names = ["loss", "lr", "accuracy", "images_per_s", "data_wait", "memory_gib"]
+    assert list(line) == ["step", *(f"train/{name}" for name in names)]
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_and_says_where(loss: float, tmp_path: Path) -> None:
     reporter = reporter_at(tmp_path)

@@ -1,0 +1,354 @@
+"""What masked pretraining is worth by its target, and what the stem adds: grids of whole small runs.
+
+    python -m benchmarks.targets tokenizers --out FILE    # k-means, dVAE, VQ-KD on both data sets
+    python -m benchmarks.targets rates --out FILE         # the rates, on held-out training images
+    python -m benchmarks.targets targets --out FILE       # scratch, MAE, SimMIM, BEiT, BEiT random, HOG
+    python -m benchmarks.targets stems --out FILE         # hMLP, linear, conv under BEiT and supervision
+    python -m benchmarks.targets targets --out FILE --table    # what is finished
+
+A cell is one data set, method and seed: it pretrains, fine-tunes, looks at the test images once, and appends
+one JSON line to FILE. Finished cells are passed over and stopped ones continue, so the same command goes on
+after any stop. Cells run on one thread each. Needs data/FashionMNIST (scripts/fetch_fashion_mnist.py) and
+data/clipart (scripts/shrink_images.py).
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.measuring import Results
+
+ROOT = Path(__file__).parents[1]
+
+
+class Data(NamedTuple):
+    """A data set: its views, and how long is trained."""
+
+    view: dict[str, Any]
+    train: dict[str, Any]
+    test: dict[str, Any]
+    patch_size: int
+    labels: dict[str, int] | None
+    pretrain_steps: int
+    finetune_steps: int
+
+
+FASHION = {"kind": "torchvision", "name": "FashionMNIST", "root": "data"}
+DATA = {
+    "fashion_mnist": Data(
+        view={"image_size": 28, "channels": 1, "mean": [0.2860], "std": [0.3530]},
+        train=FASHION,
+        test=FASHION | {"split": "test"},
+        patch_size=4,
+        labels={"count": 1000},
+        pretrain_steps=800,
+        finetune_steps=400,
+    ),
+    "clipart": Data(
+        view={"image_size": 64, "channels": 3, "mean": "measured", "std": "measured"},
+        train={"kind": "folder", "root": "data/clipart/train"},
+        test={"kind": "folder", "root": "data/clipart/test"},
+        patch_size=8,
+        labels=None,
+        pretrain_steps=800,
+        finetune_steps=400,
+    ),
+}
+SMALL = {"dim": 64, "depth": 4, "heads": 2, "layer_scale": 0.1}
+BLOCKS = {"kind": "block", "ratio": 0.4, "min_area": 4}
+LINEAR = {"kind": "linear"}
+DECODER = {"kind": "decoder", "dim": 32, "depth": 2, "heads": 2}
+PRETRAIN_BATCH, FINETUNE_BATCH = 128, 64
+DVAE_STEPS = 600
+DVAE: dict[str, dict[str, Any]] = {"fashion_mnist": {}, "clipart": {}}
+# the last of each in metrics.jsonl
+KEPT = (
+    "loss",
+    "code_accuracy",
+    "images_per_s",
+    "probe/rank_me",
+    "probe/perplexity",
+    "probe/live_codes",
+    "probe/frequent_code",
+    "val/top1",
+)
+SEARCH_SEED = 100
+STEMS = {
+    "hmlp": {"kind": "hmlp", "norm": "batch", "statistics": "all"},
+    "linear": {"kind": "linear"},
+    "conv": {"kind": "conv", "norm": "batch"},
+}
+
+
+def objective(method: str, tokenizers: Path, data: str) -> dict[str, Any]:
+    """Mask and objective of a method."""
+    name, _, codes = method.partition(":")
+    if name in ("beit", "beit_decoder", "beitv2"):
+        predictor = {
+            "beit": LINEAR,
+            "beit_decoder": DECODER,
+            "beitv2": {"kind": "class_pretraining", "early_layer": 3, "depth": 2},
+        }[name]
+        target = {
+            "kind": "codes",
+            "tokenizer": str(tokenizers / f"{data}_{codes}"),
+            "min_live": 0.0 if codes == "random" else 0.2,
+        }
+        mask = {"kind": "random", "ratio": 0.75} if name == "beit_decoder" else BLOCKS
+        return {"mask": mask, "objective": {"kind": "masked", "predictor": predictor, "target": target}}
+    pixels = {"kind": "pixels", "normalize_patches": True}
+    chosen: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
+        "mae": ({"kind": "random", "ratio": 0.75}, DECODER, pixels, "l2"),
+        "simmim": ({"kind": "random", "ratio": 0.6}, LINEAR, {"kind": "pixels"}, "l1"),
+        "pixels": (BLOCKS, LINEAR, pixels, "l2"),
+        "hog": (BLOCKS, LINEAR, {"kind": "hog"}, "l2"),
+    }
+    mask, predictor, target, loss = chosen[name]
+    return {
+        "mask": mask,
+        "objective": {"kind": "masked", "predictor": predictor, "target": target, "loss": loss},
+    }
+
+
+def tokenizer_config(data: str, codes: str) -> dict[str, Any]:
+    """A tokenizer of a data set: trained, or `random`, a dVAE that took one step at no rate."""
+    chosen = DATA[data]
+    layers = {4: 2, 8: 3}[chosen.patch_size]
+    dvae = {"kind": "dvae", "codes": 256, "code_dim": 64, "hidden": 48, "layers": layers} | DVAE[data]
+    vqkd = {"kind": "vqkd", "codes": 256, "code_dim": 16, "decoder_depth": 1, "teacher": {"kind": "hog"}}
+    raw = {"kind": "pixels", "patch_size": chosen.patch_size, "normalize_patches": False}
+    learned: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "kmeans": ({"kind": "kmeans", "codes": 256, "input": raw}, {"steps": 300}),
+        "dvae": (dvae, {"steps": DVAE_STEPS, "lr": 2e-3, "warmup_steps": 50}),
+        "random": (dvae, {"steps": 1, "lr": 1e-12}),
+        "vqkd": (vqkd, {"steps": 600, "lr": 1e-3, "warmup_steps": 50, "clip_norm": 3.0}),
+    }
+    what, optim = learned[codes]
+    config = {
+        "data": chosen.train | chosen.view | {"crop_scale": [0.5, 1.0]},
+        "objective": what,
+        "optim": {"batch_size": PRETRAIN_BATCH, "dtype": "fp32" if codes == "kmeans" else "bf16"} | optim,
+        "monitor": {"every": 100},
+    }
+    if codes == "vqkd":
+        config["backbone"] = SMALL | {"patch_size": chosen.patch_size}
+    return config
+
+
+class Cell(NamedTuple):
+    """One run of a grid, and what distinguishes it."""
+
+    grid: str
+    data: str
+    method: str
+    stem: str
+    seed: int
+    pretrain_lr: float
+    finetune_lr: float
+    layer_decay: float
+
+    @property
+    def name(self) -> str:
+        """Unique, for folders and the file of results."""
+        return "_".join(str(part).replace(":", "-") for part in self)
+
+
+def run_cell(cell: Cell, folder: Path, tokenizers: Path, *, search: bool) -> dict[str, Any]:
+    """Pretrain, fine-tune; the outcome. A search looks at held-out training images, never at the test's."""
+    data = DATA[cell.data]
+    network = SMALL | {"patch_size": data.patch_size, "stem": STEMS[cell.stem]}
+    outcome: dict[str, Any] = {}
+    pretrained = None
+    if cell.method != "scratch":
+        pretrained = folder / cell.name / "pretrain"
+        config = {
+            "data": data.train | data.view | {"crop_scale": [0.5, 1.0]},
+            "backbone": network,
+            "optim": {
+                "steps": data.pretrain_steps,
+                "batch_size": PRETRAIN_BATCH,
+                "lr": cell.pretrain_lr,
+                "warmup_steps": data.pretrain_steps // 10,
+                "clip_norm": 3.0,
+            },
+            "monitor": {"every": 100_000},
+            **objective(cell.method, tokenizers, cell.data),
+        }
+        outcome["pretrain"] = train("pretrain", config, pretrained, cell.seed)
+    config = {
+        "data": {
+            **data.view,
+            "train": data.train,
+            "crop_scale": [0.6, 1.0],
+            "test_crop": 1.0,
+            **({"val": {"fraction": 0.25}} if search else {"test": data.test}),
+        },
+        "backbone": network | {"drop_path": 0.1},
+        "readout": {"kind": "mean"},
+        "optim": {
+            "steps": data.finetune_steps,
+            "batch_size": FINETUNE_BATCH,
+            "lr": cell.finetune_lr,
+            "warmup_steps": data.finetune_steps // 10,
+            "layer_decay": cell.layer_decay,
+            "clip_norm": 3.0,
+        },
+        "evaluate_every": data.finetune_steps if search else 100_000,
+        **({} if data.labels is None else {"labels": data.labels | {"seed": cell.seed}}),
+        **({} if pretrained is None else {"init": {"checkpoint": str(pretrained)}}),
+    }
+    outcome["finetune"] = train("finetune", config, folder / cell.name / "finetune", cell.seed)
+    return outcome
+
+
+def train(script: str, config: dict[str, Any], folder: Path, seed: int) -> dict[str, Any]:
+    """Run a script to its end, or further; the last line of its metrics, its result, and the seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run = {
+        "output_dir": str(folder),
+        "workers": 0,
+        "threads": 1,
+        "device": "cpu",
+        "keep": 1,
+        "save_every": 200,
+    }
+    file = folder / "stated.json"  # JSON is YAML
+    file.write_text(json.dumps({"seed": seed, "run": run, **config}, indent=1))
+    begin = time.perf_counter()
+    command = [sys.executable, f"{script}.py", "--config", str(file)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if ended.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{ended.stderr[-2000:]}")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    merged: dict[str, Any] = {}
+    for line in lines:
+        merged |= json.loads(line)
+    kept = {key: merged[key] for key in KEPT if key in merged}
+    result = folder / "result.json"
+    if result.exists():
+        kept |= json.loads(result.read_text())
+    return kept | {"seconds": round(time.perf_counter() - begin, 1)}
+
+
+# Grids
+
+# found with `rates`: see docs/log.md
+RATES: dict[str, float] = {"mae": 2e-3, "simmim": 2e-3, "beit": 2e-3, "hog": 2e-3}
+TUNED = {"finetune_lr": 2e-3, "layer_decay": 0.8}
+SCRATCH = {"pretrain_lr": 0.0, "finetune_lr": 1e-3, "layer_decay": 1.0}
+METHODS = ("scratch", "mae", "simmim", "beit:kmeans", "beit:dvae", "beit:vqkd", "beit:random", "hog")
+
+
+def settings(method: str) -> dict[str, float]:
+    if method == "scratch":
+        return SCRATCH
+    return {"pretrain_lr": RATES.get(method.partition(":")[0], 2e-3), **TUNED}
+
+
+def grid_targets(seeds: int) -> Iterator[Cell]:
+    for seed in range(seeds):
+        for method in METHODS:
+            for data in DATA:
+                yield Cell("targets", data, method, "hmlp", seed, **settings(method))
+
+
+def grid_more(seeds: int) -> Iterator[Cell]:
+    """Ablations of both papers: pixels under BEiT's masks, codes under MAE's decoder, class pretraining."""
+    for seed in range(seeds):
+        for method in ("pixels", "beit_decoder:dvae", "beitv2:dvae"):
+            for data in DATA:
+                yield Cell("more", data, method, "hmlp", seed, **settings(method))
+
+
+def grid_stems(seeds: int) -> Iterator[Cell]:
+    for seed in range(seeds):
+        for method in ("scratch", "beit:dvae"):
+            for stem in STEMS:
+                for data in DATA:
+                    yield Cell("stems", data, method, stem, seed, **settings(method))
+
+
+def grid_rates(seeds: int) -> Iterator[Cell]:
+    """On a seed that is not reported, and on held-out training images."""
+    for data in DATA:
+        for lr in (5e-4, 1e-3, 2e-3, 4e-3):
+            yield Cell("rates", data, "scratch", "hmlp", SEARCH_SEED, 0.0, lr, 1.0)
+        for lr, decay in ((1e-3, 0.8), (2e-3, 0.8), (4e-3, 0.8), (2e-3, 0.65), (1e-3, 1.0)):
+            yield Cell("rates", data, "beit:dvae", "hmlp", SEARCH_SEED, 2e-3, lr, decay)
+        for method in ("mae", "simmim", "beit:dvae", "hog"):
+            for lr in (1e-3, 4e-3):
+                yield Cell("rates", data, method, "hmlp", SEARCH_SEED, lr, **TUNED)
+
+
+GRIDS = {"targets": grid_targets, "more": grid_more, "stems": grid_stems, "rates": grid_rates}
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Mean and deviation of each method over its seeds, best first."""
+    scores: dict[tuple[str, ...], list[float]] = {}
+    for record in records:
+        outcome = record["outcome"]["finetune"]
+        key = tuple(str(record["cell"][part]) for part in ("grid", "data", "stem", "method"))
+        if record["cell"]["grid"] == "rates":
+            key += tuple(str(record["cell"][part]) for part in ("pretrain_lr", "finetune_lr", "layer_decay"))
+        scores.setdefault(key, []).append(
+            outcome["test"]["top1"] if "test" in outcome else outcome["val/top1"]
+        )
+    lines = []
+    for key, values in sorted(scores.items(), key=lambda item: (item[0][:2], -statistics.mean(item[1]))):
+        deviation = f"{100 * statistics.stdev(values):.2f}" if len(values) > 1 else "-"
+        lines.append(
+            f"{' '.join(key):<60} {100 * statistics.mean(values):6.2f} +- {deviation:>5} ({len(values)})"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Masked targets and stems on small networks.")
+    parser.add_argument("grid", choices=["tokenizers", *GRIDS])
+    parser.add_argument("--runs", type=Path, default=Path("runs/targets"))
+    parser.add_argument("--out", type=Path, required=True, help="file of results, a JSON line a cell")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--parallel", type=int, default=2, help="cells at a time, one thread each")
+    parser.add_argument("--only", help="cells whose name holds this")
+    parser.add_argument("--table", action="store_true", help="say what is finished, run nothing")
+    options = parser.parse_args()
+    tokenizers = (options.runs / "tokenizers").absolute()
+    known = (
+        [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    )
+    if options.table:
+        print(table([record for record in known if record.get("cell", {}).get("grid") == options.grid]))
+        return
+    finished = {record["name"] for record in known}
+    results = Results("targets", torch.device("cpu"), out=options.out, packages=["timm"])
+    with ThreadPoolExecutor(options.parallel) as pool:
+        jobs = {}
+        if options.grid == "tokenizers":
+            for data in DATA:
+                for codes in ("kmeans", "dvae", "vqkd", "random"):
+                    name = f"{data}_{codes}"
+                    if f"tokenizer_{name}" not in finished:
+                        run = (train, "pretrain", tokenizer_config(data, codes), tokenizers / name, 0)
+                        jobs[pool.submit(*run)] = {"name": f"tokenizer_{name}"}
+        else:
+            for cell in GRIDS[options.grid](options.seeds):
+                if cell.name not in finished and (options.only or "") in cell.name:
+                    folder = options.runs.absolute()
+                    job = pool.submit(run_cell, cell, folder, tokenizers, search=cell.grid == "rates")
+                    jobs[job] = {"name": cell.name, "cell": cell._asdict()}
+        for job in as_completed(jobs):
+            results.add(jobs[job] | {"outcome": job.result()}, f"{jobs[job]['name']} finished")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Masked prediction as an experiment: what a configuration of pretraining becomes."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpm import build, distributed
+from mpm.config import CodeTarget, PretrainConfig, PretrainData, Statistics
+from mpm.data.codes import CodeCache
+from mpm.data.datasets import ImageSource
+from mpm.data.loading import eval_loader
+from mpm.data.subsets import Subset
+from mpm.data.substitution import Substituting
+from mpm.data.views import EvalView
+from mpm.experiment import Parts
+from mpm.monitoring import Monitor, looked_at
+from mpm.network import Trunk, read_trunk
+from mpm.objectives.cost import masked_macs
+from mpm.objectives.masked import MaskedPrediction
+from mpm.objectives.prepare import PrepareMasked
+from mpm.objectives.targets import CodeTarget as Codes
+from mpm.objectives.targets import Target
+from mpm.patchify.pixels import Normalize, to_unit
+from mpm.tokenization import read_tokenizer
+from mpm.tokenizers.base import Tokenizer
+from mpm.tokenizers.use import CodeUse, code_use
+
+__all__ = ["MaskedPretraining", "code_fingerprint", "code_target"]
+
+log = logging.getLogger(__name__)
+
+_BATCH = 256
+_AGREEMENT = 0.99  # of codes in bf16 with those in fp32
+
+
+class MaskedPretraining:
+    """Reads what the configuration names, and states all of it.
+
+    Attributes:
+        kind: "pretrain".
+        config: resolved.
+        images: the training images.
+
+    Raises:
+        ValueError: if what it names does not fit.
+        FileNotFoundError: if it is not there.
+    """
+
+    kind = "pretrain"
+
+    def __init__(self, config: PretrainConfig):
+        data = config.data
+        self._trunk = read_trunk(config.init.checkpoint) if config.init is not None else None
+        backbone = config.backbone if self._trunk is None else config.backbone.over(self._trunk.backbone)
+        images = build.source(data, image_size=data.image_size, channels=data.channels, labelled=False)
+        mean, std = build.statistics(*_moments(data, self._trunk), images)
+        self.images = images
+        self.config = config.model_copy(
+            update={
+                "backbone": backbone.in_full(classifier=False),
+                "objective": config.objective.in_full(),
+                "data": data.model_copy(update={"mean": mean, "std": std}),
+            }
+        )
+        target = config.objective.target
+        self._tokenizer = read_tokenizer(target.tokenizer) if isinstance(target, CodeTarget) else None
+        if self._tokenizer is not None:
+            build.tokenizer_view(self.config, self._tokenizer)  # whether it fits
+
+    def create(self, device: torch.device, *, is_new: bool) -> Parts:
+        """See `Experiment`."""
+        config, data = self.config, self.config.data
+        assert isinstance(data.mean, tuple) and isinstance(data.std, tuple)
+        normalize = Normalize(data.mean, data.std).to(device)
+        facts: dict[str, str] = {}
+        target: Target
+        if self._tokenizer is None:
+            target = build.target(config, normalize)
+        else:
+            target, facts = code_target(config, self._tokenizer, Substituting(self.images), device=device)
+        objective = build.objective(config, target.out_dim).to(device)
+        if self._trunk is not None and is_new:
+            _continue_from(self._trunk, objective, channels=data.channels)
+        monitor = Monitor(config, self.images, target=target, normalize=normalize, device=device)
+        macs = masked_macs(objective, num_masked=config.num_masked)
+        crops, cache = None, None
+        if isinstance(config.objective.target, CodeTarget):
+            crops = config.objective.target.crops
+            if config.objective.target.cache is not None:
+                fingerprint = code_fingerprint(config, cast(Codes, target), self.images)
+                cache = CodeCache.open(config.objective.target.cache, fingerprint=fingerprint)
+        return Parts(
+            objective=objective,
+            prepare=PrepareMasked(target, normalize=normalize, num_masked=config.num_masked, device=device),
+            view=build.pretrain_view(config, self._tokenizer),
+            look=lambda: monitor.look(objective),
+            macs=macs,
+            facts={
+                "parameters": build.parameters(objective),
+                "forward": f"{macs / 1e9:.3g} GMACs an image",
+                "masked": f"{config.num_masked} of {config.num_patches} patches",
+                **facts,
+            },
+            crops=crops,
+            codes=cache,
+        )
+
+
+def code_target(
+    config: PretrainConfig, tokenizer: Tokenizer, images: Substituting, *, device: torch.device
+) -> tuple[Codes, dict[str, str]]:
+    """The target of a tokenizer whose codes are in use, and what is told about it.
+
+    Raises:
+        ValueError: if fewer codes are live than `min_live`.
+    """
+    stated = config.objective.target
+    assert isinstance(stated, CodeTarget)
+    assert isinstance(tokenizer, nn.Module)
+    tokenizer.to(device)
+    size = build.tokenizer_view(config, tokenizer)
+    view = EvalView(size, crop=1.0, interpolation=tokenizer.interpolation)
+    some = Subset(images, looked_at(len(images), np.random.default_rng(config.seed)))
+
+    def batches() -> Iterator[Tensor]:
+        for batch in eval_loader(some, view, batch_size=_BATCH, workers=config.run.workers):
+            yield to_unit(batch.images, device)
+
+    use = code_use(tokenizer, batches())
+    if use.live_share < stated.min_live:
+        raise ValueError(
+            f"the codebook of {stated.tokenizer} has collapsed: {use}; that is {use.live_share:.1%} of what "
+            f"could occur, below objective.target.min_live {stated.min_live:g}. Train another tokenizer, or "
+            "lower min_live to go on with this one"
+        )
+    dtype, agreement = torch.float32, ""
+    if stated.dtype == "bf16" or (stated.dtype == "auto" and config.optim.dtype == "bf16"):
+        share = distributed.broadcast_object(_agreement(config, tokenizer, next(batches()), use))
+        agreement = f"; {share:.2%} of the codes in bf16 are those in fp32"
+        if stated.dtype == "bf16" or share >= _AGREEMENT:
+            dtype = torch.bfloat16
+    target = build.code_target(config, tokenizer, use, dtype=dtype)
+    kept = "bf16" if dtype == torch.bfloat16 else "fp32"
+    return target, {
+        "codes": str(use),
+        "tokenizer": f"{stated.tokenizer}, {size[0]}x{size[1]} px, {kept}{agreement}",
+    }
+
+
+def code_fingerprint(config: PretrainConfig, target: Codes, images: ImageSource) -> dict[str, Any]:
+    """All that the codes of the crops depend on, as plain data."""
+    assert isinstance(config.objective.target, CodeTarget)
+    view = config.data.model_dump(
+        mode="json",
+        include={"crop_scale", "crop_ratio", "flip", "color_jitter", "channels", "background", "max_value"},
+    )
+    names = hashlib.sha256("\0".join(images.name(index) for index in range(len(images))).encode())
+    state = hashlib.sha256()
+    for name, tensor in sorted(cast(nn.Module, target.tokenizer).state_dict().items()):
+        state.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return {
+        "images": names.hexdigest(),
+        "tokenizer": state.hexdigest(),
+        "dtype": str(target.dtype),
+        "seed": config.seed,
+        "crops": config.objective.target.crops,
+        "grid": list(config.grid),
+        "view": {
+            **view,
+            "size": list(build.tokenizer_view(config, target.tokenizer)),
+            "interpolation": target.tokenizer.interpolation,
+        },
+    }
+
+
+def _agreement(config: PretrainConfig, tokenizer: Tokenizer, images: Tensor, use: CodeUse) -> float:
+    """Share of the codes that are the same in bfloat16 and float32."""
+    in_bf16, in_fp32 = (
+        build.code_target(config, tokenizer, use, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)
+    )
+    with torch.no_grad():
+        return float((in_bf16.codes(images) == in_fp32.codes(images)).float().mean())
+
+
+def _moments(data: PretrainData, trunk: Trunk | None) -> tuple[Statistics, Statistics]:
+    """Means and deviations as stated, else the checkpoint's, else ImageNet's."""
+    if data.mean is not None and data.std is not None:
+        return data.mean, data.std
+    if trunk is None:
+        return data.mean or "imagenet", data.std or "imagenet"
+    if trunk.channels != data.channels:
+        raise ValueError(
+            f"data.channels {data.channels} is not the checkpoint's {trunk.channels}; "
+            f"give data.mean and data.std too: measured, or a list of {data.channels}"
+        )
+    return data.mean or trunk.mean, data.std or trunk.std
+
+
+def _continue_from(trunk: Trunk, objective: MaskedPrediction, *, channels: int) -> None:
+    """Load the backbone, and the predictor where it is the same; else the norm that read the trunk."""
+    objective.backbone.load_state_dict(trunk.weights_for(objective.backbone, channels=channels))
+    predictor = objective.get_submodule("predictor")
+    # a fixed position table is of this run's grid, not a weight
+    theirs = trunk.state["predictor"] | dict(predictor.named_buffers())
+    own = predictor.state_dict()
+    if {name: t.shape for name, t in own.items()} == {name: t.shape for name, t in theirs.items()}:
+        predictor.load_state_dict(theirs)
+        parts = "backbone and predictor"
+    elif trunk.norm:
+        predictor.get_submodule("norm").load_state_dict(trunk.norm)
+        parts = "backbone and its norm; the predictor is another one and starts fresh"
+    else:
+        parts = "backbone; the predictor starts fresh"
+    log.info("continuing from %s: %s", trunk.path, parts)

@@ -1,0 +1,56 @@
+"""Tokenizers out of checkpoints and published files."""
+
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from mpm import build, checkpoint, configfile
+from mpm.config import TokenizerConfig
+from mpm.patchify.pixels import Normalize
+from mpm.tokenizers.base import Tokenizer
+
+__all__ = ["read_tokenizer"]
+
+
+def read_tokenizer(source: str | Path) -> Tokenizer:
+    """A frozen tokenizer, in eval mode.
+
+    Args:
+        source: a run of `pretrain.py --config configs/tokenizers/...`, a step in it, or a published file: the
+            encoder of DALL-E as a state dict, a dVAE of DALLE-pytorch, BEiT v2's VQ-KD.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is broken, or no tokenizer.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        from mpm.interop.tokenizers import load_tokenizer
+
+        built = load_tokenizer(path)
+    else:
+        built = _of_run(path)
+    frozen = cast(nn.Module, built).eval().requires_grad_(False)
+    return cast(Tokenizer, frozen)
+
+
+def _of_run(path: Path) -> nn.Module:
+    try:
+        saved = checkpoint.load(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} holds no tokenizer; train one: mpm pretrain --config configs/tokenizers/NAME.yaml "
+            f"run.output_dir={path}"
+        ) from None
+    kind = saved.metadata["kind"]
+    if kind != "tokenizer":
+        raise ValueError(f"{path} is a run of kind {kind}, not a tokenizer; see configs/tokenizers")
+    config = configfile.validate(saved.config, TokenizerConfig, name=str(saved.path))
+    assert config.data.mean is not None and config.data.std is not None
+    normalize = Normalize(*build.statistics(config.data.mean, config.data.std))
+    built = build.tokenizer(config, normalize)
+    prefix = "tokenizer."
+    state = {name[len(prefix) :]: t for name, t in saved.model.items() if name.startswith(prefix)}
+    built.load_state_dict(state)
+    return built

@@ -1,0 +1,136 @@
+"""Training a tokenizer as an experiment: what a configuration of one becomes."""
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from mpm import build
+from mpm.config import (
+    FeatureInput,
+    HOGTeacher,
+    KMeansObjective,
+    NetworkTeacher,
+    PixelTeacher,
+    TokenizerConfig,
+    VQKDObjective,
+)
+from mpm.experiment import Parts
+from mpm.imported import TIMM
+from mpm.monitoring import CodeMonitor
+from mpm.network import Trunk, read_trunk
+from mpm.objectives import teachers
+from mpm.objectives.prepare import PrepareTokenizer
+from mpm.patchify.pixels import Normalize
+
+__all__ = ["TokenizerTraining"]
+
+
+class TokenizerTraining:
+    """Reads what the configuration names, and states all of it.
+
+    Attributes:
+        kind: "tokenizer".
+        config: resolved.
+        images: the training images.
+
+    Raises:
+        ValueError: if what it names does not fit.
+        FileNotFoundError: if it is not there.
+    """
+
+    kind = "tokenizer"
+
+    def __init__(self, config: TokenizerConfig):
+        data, objective, backbone = config.data, config.objective, config.backbone
+        images = build.source(data, image_size=data.image_size, channels=data.channels, labelled=False)
+        self._network: Trunk | None = None
+        mean, std = data.mean or "imagenet", data.std or "imagenet"
+        if isinstance(objective, KMeansObjective) and isinstance(objective.input, FeatureInput):
+            self._network = network = read_trunk(objective.input.network)
+            backbone = network.backbone if backbone is None else backbone.over(network.backbone)
+            if network.channels != data.channels:
+                raise ValueError(
+                    f"objective.input.network {objective.input.network} takes {network.channels} channel(s); "
+                    f"set data.channels={network.channels}"
+                )
+            mean, std = data.mean or network.mean, data.std or network.std
+        numbers = build.statistics(mean, std, images)
+        config = config.model_copy(
+            update={
+                "backbone": None if backbone is None else backbone.in_full(classifier=False),
+                "data": data.model_copy(update={"mean": numbers[0], "std": numbers[1]}),
+            }
+        )
+        stride = config.stride
+        assert stride is not None
+        self.grid = data.image_size[0] // stride[0], data.image_size[1] // stride[1]
+        codes = objective.codes or build.default_codes(len(images), self.grid[0] * self.grid[1])
+        self.config = config.model_copy(update={"objective": objective.model_copy(update={"codes": codes})})
+        self.images = images
+
+    def create(self, device: torch.device, *, is_new: bool) -> Parts:
+        """See `Experiment`."""
+        config, data = self.config, self.config.data
+        assert isinstance(data.mean, tuple) and isinstance(data.std, tuple)
+        teacher = self._teacher(device)
+        tokenizer = build.tokenizer(config, Normalize(data.mean, data.std))
+        objective = build.tokenizer_objective(
+            config, tokenizer, feature_dim=None if teacher is None else teacher.dim
+        ).to(device)
+        if self._network is not None and is_new:
+            network = cast(Any, tokenizer)
+            weights = self._network.weights_for(network.backbone, channels=data.channels)
+            kept = network.backbone.state_dict().keys()  # without the blocks above the layer
+            network.backbone.load_state_dict({name: weights[name] for name in kept})
+            if network.norm.state_dict():  # an inner layer's has no weights
+                network.norm.load_state_dict(self._network.norm)
+        monitor = CodeMonitor(config, self.images, device=device)
+        trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+        return Parts(
+            objective=objective,
+            prepare=PrepareTokenizer(teacher, device=device),
+            view=build.pretrain_view(config),
+            look=lambda: monitor.look(objective),
+            macs=None,
+            facts={
+                "parameters": f"{trained:,}",
+                "codes": f"{config.objective.codes:,}, {self.grid[0]}x{self.grid[1]} for an image",
+            },
+        )
+
+    def _teacher(self, device: torch.device) -> Any:
+        config = self.config
+        if not isinstance(config.objective, VQKDObjective):
+            return None
+        assert config.backbone is not None
+        patch_size, channels = config.backbone.resolved().patch_size, config.data.channels
+        match config.objective.teacher:
+            case PixelTeacher():
+                return teachers.PixelTeacher(patch_size, channels=channels).to(device)
+            case HOGTeacher():
+                return teachers.HOGTeacher(patch_size, channels=channels).to(device)
+            case NetworkTeacher(checkpoint=source):
+                return _network_teacher(source, self.grid).to(device)
+
+
+def _network_teacher(source: str, grid: tuple[int, int]) -> teachers.NetworkTeacher:
+    """Any model of timm with its published weights, or the backbone of a checkpoint, on a grid."""
+    if source.startswith(TIMM):
+        import timm
+
+        network = timm.create_model(source.removeprefix(TIMM), pretrained=True, num_classes=0)
+        published: Any = network.pretrained_cfg
+        normalize = Normalize(published["mean"], published["std"])
+        return teachers.NetworkTeacher(network, grid=grid, normalize=normalize)
+    trunk = read_trunk(source)
+    patch_height, patch_width = trunk.backbone.resolved().patch_size
+    size = grid[0] * patch_height, grid[1] * patch_width
+    backbone = build.backbone(trunk.backbone, image_size=size, channels=trunk.channels)
+    backbone.load_state_dict(trunk.weights_for(backbone, channels=trunk.channels))
+    norm = None
+    if trunk.norm:
+        norm = nn.LayerNorm(backbone.dim, eps=1e-6)
+        norm.load_state_dict(trunk.norm)
+    normalize = Normalize(trunk.mean, trunk.std)
+    return teachers.NetworkTeacher(backbone, grid=grid, normalize=normalize, norm=norm)
