@@ -295,8 +295,8 @@ def main() -> None:
                 f"{statistics.median(comparison.theirs_s):.3g} s, cached "
                 f"{statistics.median(comparison.ours_s):.3g} s, {comparison}; over given codes "
                 f"{record['over_given']['ratio']['median']:.2f}x; codes equal {equal['step']:.2%}, alone "
-                f"{equal['alone']:.2%}; a crop takes {1e3 * loader['with_target']:.1f} ms with the other view "
-                f"and {1e3 * loader['without_target']:.1f} without",
+                f"{equal['alone']:.2%}; a crop takes {1e3 * loader['with_target']:.1f} ms with the "
+                f"tokenizer's view, {1e3 * loader['without_target']:.1f} without",
             )
     results.finish()
 

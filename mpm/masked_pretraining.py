@@ -157,22 +157,22 @@ def code_fingerprint(config: PretrainConfig, target: Codes, images: ImageSource)
     assert isinstance(config.objective.target, CodeTarget)
     view = config.data.model_dump(
         mode="json",
-        include={"crop_scale", "crop_ratio", "flip", "color_jitter", "channels", "background", "max_value"},
+        exclude={"image_size", "mean", "std", "interpolation", "root", "index", "download"},
     )
     names = hashlib.sha256("\0".join(images.name(index) for index in range(len(images))).encode())
     state = hashlib.sha256()
     for name, tensor in sorted(cast(nn.Module, target.tokenizer).state_dict().items()):
-        state.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        state.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return {
-        "images": names.hexdigest(),
+        "image_names": names.hexdigest(),
         "tokenizer": state.hexdigest(),
         "dtype": str(target.dtype),
         "seed": config.seed,
         "crops": config.objective.target.crops,
         "grid": list(config.grid),
-        "view": {
+        "data": {
             **view,
-            "size": list(build.tokenizer_view(config, target.tokenizer)),
+            "view": list(build.tokenizer_view(config, target.tokenizer)),
             "interpolation": target.tokenizer.interpolation,
         },
     }

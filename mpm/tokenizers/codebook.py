@@ -272,8 +272,9 @@ def _shuffle(rows: Tensor, most: int) -> tuple[Tensor, Tensor]:
     weights = 1000 * (1 + (torch.arange(1, D + 1, dtype=torch.float64, device=rows.device) * golden).frac())
     parts = rows.split(max(1, _MOST_WIDENED // D))
     keys, order = torch.cat([(part.double() * weights).sum(1) for part in parts]).remainder(1).sort()
-    is_repeated, last = F.pad(keys[1:] == keys[:-1], (min(len(keys), 1), 0)).sort(stable=True)
-    return rows[order[last[:most]]], is_repeated[:most]
+    is_repeated = F.pad(keys[1:] == keys[:-1], (min(len(keys), 1), 0))
+    kept = is_repeated.byte().argsort(stable=True)[:most]
+    return rows[order[kept]], is_repeated[kept]
 
 
 def _fill(vectors: Tensor, wanted: Tensor, rows: Tensor, priority: Tensor) -> tuple[Tensor, Tensor]:
