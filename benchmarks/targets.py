@@ -52,7 +52,7 @@ DATA = {
         patch_size=7,
         dvae_view=32,
         labels={"count": 1000},
-        pretrain_steps=1500,
+        pretrain_steps=2500,
         finetune_steps=500,
     ),
     "clipart": Data(
@@ -62,7 +62,7 @@ DATA = {
         patch_size=8,
         dvae_view=64,
         labels=None,
-        pretrain_steps=800,
+        pretrain_steps=1200,
         finetune_steps=500,
     ),
 }
@@ -70,7 +70,7 @@ SMALL = {"dim": 96, "depth": 4, "heads": 3}
 BLOCKS = {"kind": "block", "ratio": 0.4, "min_area": 2}
 LINEAR = {"kind": "linear"}
 DECODER = {"kind": "decoder", "dim": 48, "depth": 2, "heads": 2}
-PRETRAIN_BATCH, FINETUNE_BATCH = 128, 64
+TOKENIZER_BATCH, PRETRAIN_BATCH, FINETUNE_BATCH = 128, 64, 64
 # the last of each in metrics.jsonl
 KEPT = (
     "loss",
@@ -88,6 +88,11 @@ STEMS = {
     "linear": {"kind": "linear"},
     "conv": {"kind": "conv", "norm": "batch"},
 }
+
+
+def hog(data: Data) -> dict[str, Any]:
+    """Histograms of oriented gradients in cells that divide a patch."""
+    return {"kind": "hog", "cells": 1 if data.patch_size % 2 else 2}
 
 
 def objective(method: str, tokenizers: Path, data: str) -> dict[str, Any]:
@@ -111,7 +116,7 @@ def objective(method: str, tokenizers: Path, data: str) -> dict[str, Any]:
         "mae": ({"kind": "random", "ratio": 0.75}, DECODER, pixels, "l2"),
         "simmim": ({"kind": "random", "ratio": 0.6}, LINEAR, {"kind": "pixels"}, "l1"),
         "pixels": (BLOCKS, LINEAR, pixels, "l2"),
-        "hog": (BLOCKS, LINEAR, {"kind": "hog"}, "l2"),
+        "hog": (BLOCKS, LINEAR, hog(DATA[data]), "l2"),
     }
     mask, predictor, target, loss = chosen[name]
     return {
@@ -125,7 +130,7 @@ def tokenizer_config(data: str, codes: str) -> dict[str, Any]:
     chosen = DATA[data]
     dvae = {"kind": "dvae", "codes": 256, "code_dim": 64, "hidden": 48, "layers": 3, "blocks": 0}
     dvae["kl_weight"] = {"start": 0.02, "end": 0.02}
-    vqkd = {"kind": "vqkd", "codes": 256, "code_dim": 16, "decoder_depth": 1, "teacher": {"kind": "hog"}}
+    vqkd = {"kind": "vqkd", "codes": 256, "code_dim": 16, "decoder_depth": 1, "teacher": hog(chosen)}
     raw = {"kind": "pixels", "patch_size": chosen.patch_size, "normalize_patches": False}
     learned: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "kmeans": ({"kind": "kmeans", "codes": 256, "input": raw}, {"steps": 300}),
@@ -138,7 +143,7 @@ def tokenizer_config(data: str, codes: str) -> dict[str, Any]:
     config = {
         "data": chosen.train | chosen.view | {"crop_scale": [0.5, 1.0]} | own_view,
         "objective": what,
-        "optim": {"batch_size": PRETRAIN_BATCH, "dtype": "fp32" if codes == "kmeans" else "bf16"} | optim,
+        "optim": {"batch_size": TOKENIZER_BATCH, "dtype": "fp32" if codes == "kmeans" else "bf16"} | optim,
         "monitor": {"every": 100},
     }
     if codes == "vqkd":
@@ -349,6 +354,9 @@ def main() -> None:
                     job = pool.submit(run_cell, cell, folder, tokenizers, search=cell.grid == "rates")
                     jobs[job] = {"name": cell.name, "cell": cell._asdict()}
         for job in as_completed(jobs):
+            if (error := job.exception()) is not None:
+                print(f"{jobs[job]['name']} failed: {error}", file=sys.stderr)
+                continue
             results.add(jobs[job] | {"outcome": job.result()}, f"{jobs[job]['name']} finished")
 
 

@@ -264,6 +264,8 @@ def _export(options: argparse.Namespace) -> None:
 def _need_classes(checkpoint: Path) -> None:
     file = checkpoint / "config.yaml"
     model = configfile.model_of(file)
+    if model is TokenizerConfig:
+        raise ValueError(f"{checkpoint} is a tokenizer, not a network, and knows no classes")
     if model is ImportedConfig:
         config = configfile.load(file, [], ImportedConfig).config
         is_pretrained = config.readout is None or config.num_classes is None

@@ -108,8 +108,8 @@ class TokenizerTraining:
         match config.objective.teacher:
             case PixelTeacher():
                 return teachers.PixelTeacher(patch_size, channels=channels).to(device)
-            case HOGTeacher():
-                return teachers.HOGTeacher(patch_size, channels=channels).to(device)
+            case HOGTeacher(cells=cells):
+                return teachers.HOGTeacher(patch_size, channels=channels, cells=cells).to(device)
             case NetworkTeacher(checkpoint=source):
                 return _network_teacher(source, self.grid).to(device)
 

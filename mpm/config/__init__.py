@@ -182,9 +182,7 @@ class PretrainConfig(Section):
         if isinstance(self.objective.predictor, ClassPretrainingPredictor):
             self._check_class_pretraining(self.objective.predictor)
         if isinstance(self.objective.target, HOGTarget):
-            for side in self.backbone.resolved().patch_size:
-                cells = self.objective.target.cells
-                check_multiple("backbone.patch_size", side, cells, of=f"objective.target.cells {cells}")
+            check_cells(self.backbone, self.objective.target.cells, "objective.target.cells")
         return self
 
     def _check_class_pretraining(self, predictor: ClassPretrainingPredictor) -> None:
@@ -254,6 +252,9 @@ class TokenizerConfig(Section):
             raise ValueError(f"backbone is given, but objective.kind {objective.kind} has none; remove it")
         if self.stride is not None:
             check_patches(self.data.image_size, self.stride)
+        if isinstance(objective, VQKDObjective) and isinstance(objective.teacher, HOGTeacher):
+            assert self.backbone is not None
+            check_cells(self.backbone, objective.teacher.cells, "objective.teacher.cells")
         check_micro_batch(self.run.micro_batch, optim.batch_size)
         if not isinstance(objective, KMeansObjective) or isinstance(objective.input, PatchInput):
             check_statistics_are_stated(self.data)
@@ -373,6 +374,16 @@ def check_patches(image_size: tuple[int, int], patch_size: tuple[int, int]) -> N
     for side, size, patch in zip(("height", "width"), image_size, patch_size, strict=True):
         of = "" if square else f" ({side})"
         check_multiple(f"image_size{of}", size, patch, of=f"patch_size{of} {patch}")
+
+
+def check_cells(backbone: Backbone, cells: int, key: str) -> None:
+    """Refuse histograms that do not divide a patch.
+
+    Raises:
+        ValueError: naming the nearest sides that they do.
+    """
+    for side in backbone.resolved().patch_size:
+        check_multiple("backbone.patch_size", side, cells, of=f"{key} {cells}")
 
 
 def check_statistics_are_stated(data: PretrainData | FinetuneData) -> None:

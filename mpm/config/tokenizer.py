@@ -111,6 +111,8 @@ class HOGTeacher(Section):
     """Histograms of oriented gradients."""
 
     kind: Literal["hog"]
+    cells: Count = 2
+    """Histograms per side of a patch."""
 
 
 Teacher = Annotated[NetworkTeacher | PixelTeacher | HOGTeacher, Field(discriminator="kind")]
