@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mpm import build, distributed
-from mpm.config import CodeTarget, PretrainConfig, PretrainData, Statistics
+from mpm.config import CodeTarget, LatentTarget, PretrainConfig, PretrainData, Statistics
 from mpm.data.codes import CodeCache
 from mpm.data.datasets import ImageSource
 from mpm.data.loading import eval_loader
@@ -21,6 +21,7 @@ from mpm.experiment import Parts
 from mpm.monitoring import Monitor, looked_at
 from mpm.network import Trunk, read_trunk
 from mpm.objectives.cost import masked_macs
+from mpm.objectives.latent import LatentPrediction
 from mpm.objectives.masked import MaskedPrediction
 from mpm.objectives.prepare import PrepareMasked
 from mpm.objectives.targets import CodeTarget as Codes
@@ -78,14 +79,18 @@ class MaskedPretraining:
         assert isinstance(data.mean, tuple) and isinstance(data.std, tuple)
         normalize = Normalize(data.mean, data.std).to(device)
         facts: dict[str, str] = {}
-        target: Target
-        if self._tokenizer is None:
+        target: Target | None = None
+        if isinstance(config.objective.target, LatentTarget):
+            pass  # the objective makes its own
+        elif self._tokenizer is None:
             target = build.target(config, normalize)
         else:
             target, facts = code_target(config, self._tokenizer, Substituting(self.images), device=device)
-        objective = build.objective(config, target.out_dim).to(device)
+        objective = build.objective(config, None if target is None else target.out_dim).to(device)
         if self._trunk is not None and is_new:
             _continue_from(self._trunk, objective, channels=data.channels)
+            if isinstance(objective, LatentPrediction):
+                objective.reset_teacher()
         monitor = Monitor(config, self.images, target=target, normalize=normalize, device=device)
         macs = masked_macs(objective, num_masked=config.num_masked)
         crops, cache = None, None
@@ -201,7 +206,7 @@ def _moments(data: PretrainData, trunk: Trunk | None) -> tuple[Statistics, Stati
     return data.mean or trunk.mean, data.std or trunk.std
 
 
-def _continue_from(trunk: Trunk, objective: MaskedPrediction, *, channels: int) -> None:
+def _continue_from(trunk: Trunk, objective: MaskedPrediction | LatentPrediction, *, channels: int) -> None:
     """Load the backbone, and the predictor where it is the same; else the norm that read the trunk."""
     objective.backbone.load_state_dict(trunk.weights_for(objective.backbone, channels=channels))
     predictor = objective.get_submodule("predictor")

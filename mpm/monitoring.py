@@ -18,6 +18,7 @@ from mpm.data.views import EvalView
 from mpm.evaluation.features import Features, extract, feature_std, rank_me
 from mpm.evaluation.knn import knn_accuracy
 from mpm.experiment import Look
+from mpm.objectives.latent import LatentPrediction
 from mpm.objectives.masked import MaskedPrediction
 from mpm.objectives.pictures import displayable, reconstructions, sheet
 from mpm.objectives.targets import Target
@@ -46,7 +47,7 @@ class Monitor:
     Args:
         config: of the run.
         images: the training images.
-        target: what is predicted.
+        target: what is predicted, to draw it; None: it has no picture.
         normalize: for the network.
         device: of the network.
     """
@@ -56,7 +57,7 @@ class Monitor:
         config: PretrainConfig,
         images: ImageSource,
         *,
-        target: Target,
+        target: Target | None,
         normalize: Normalize,
         device: torch.device,
     ):
@@ -80,7 +81,7 @@ class Monitor:
         self._masked = torch.from_numpy(np.stack([sampler(rng) for _ in range(max(count, 1))]))
 
     @torch.no_grad()
-    def look(self, objective: MaskedPrediction) -> Look:
+    def look(self, objective: MaskedPrediction | LatentPrediction) -> Look:
         """Signals by name, and reconstructions; every process calls it.
 
         RankMe (the effective rank of the features) and their deviation fall where features collapse; k-NN
@@ -93,7 +94,7 @@ class Monitor:
         finally:
             objective.train(was_training)
 
-    def _signals(self, objective: MaskedPrediction) -> dict[str, float]:
+    def _signals(self, objective: MaskedPrediction | LatentPrediction) -> dict[str, float]:
         queries = self._features(objective, self._shown)
         some = queries.features if self._queries is None else queries.features[self._some]
         signals = {"rank_me": rank_me(some), "feature_std": feature_std(some)}
@@ -109,7 +110,7 @@ class Monitor:
             )
         return signals
 
-    def _features(self, objective: MaskedPrediction, images: ImageSource) -> Features:
+    def _features(self, objective: MaskedPrediction | LatentPrediction, images: ImageSource) -> Features:
         def encode(batch: Tensor) -> Tensor:
             encoded = objective.backbone(self._normalize(to_unit(batch, self._device)))
             return objective.predictor.norm(encoded.patches).mean(1)
@@ -117,11 +118,12 @@ class Monitor:
         workers = self._config.run.workers
         return extract(encode, eval_loader(images, self._view, batch_size=_BATCH, workers=workers))
 
-    def _picture(self, objective: MaskedPrediction) -> Tensor | None:
-        if self._images is None or not distributed.is_main():
+    def _picture(self, objective: MaskedPrediction | LatentPrediction) -> Tensor | None:
+        if self._images is None or self._target is None or not distributed.is_main():
             return None
         mask = PatchMask.from_bool(self._masked.to(self._device), self._config.num_masked)
         images = to_unit(self._images, self._device)
+        assert isinstance(objective, MaskedPrediction)
         return reconstructions(objective, self._target, images, mask, normalize=self._normalize)
 
     def _labelled(self, source: Source | None) -> ImageSource | None:

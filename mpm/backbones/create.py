@@ -142,10 +142,7 @@ def create_blocks(
         return Mlp(dim, int(dim * architecture.mlp_ratio))
 
     if architecture.branches == 1:
-        return [
-            Block(attention(), mlp(), layer_scale=scale, drop_path=rate)
-            for rate in rates
-        ]
+        return [Block(attention(), mlp(), layer_scale=scale, drop_path=rate) for rate in rates]
     branches = range(architecture.branches)
     return [
         ParallelBlock(

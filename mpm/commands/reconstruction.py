@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from mpm import build, checkpoint, distributed
 from mpm.commands.inference import ImageFiles, image_files, readable_views
-from mpm.config import CodeTarget, FolderSource, PretrainConfig
+from mpm.config import CodeTarget, FolderSource, LatentTarget, PretrainConfig
 from mpm.data.channels import to_unit_range
 from mpm.data.views import EvalView
 from mpm.network import config_of
+from mpm.objectives.masked import MaskedPrediction
 from mpm.objectives.pictures import reconstructions
 from mpm.objectives.targets import Target
 from mpm.patchify.masks import PatchMask
@@ -51,6 +52,8 @@ def reconstruct(
     assert isinstance(config, PretrainConfig)
     place = distributed.start(device)
     data = config.data
+    if isinstance(config.objective.target, LatentTarget):
+        raise ValueError(f"{path} predicts latent targets, which have no picture")
     assert data.mean is not None and data.std is not None
     normalize = Normalize(*build.statistics(data.mean, data.std)).to(place)
     files = image_files(paths)
@@ -67,6 +70,7 @@ def reconstruct(
     target = _target(config, normalize, images)
     objective = build.objective(config, target.out_dim).to(place).eval()
     objective.load_state_dict(saved.model)
+    assert isinstance(objective, MaskedPrediction)
     sampler, rng = build.mask_sampler(config), np.random.default_rng(seed)
     masked = torch.from_numpy(np.stack([sampler(rng) for _ in images]))
     mask = PatchMask.from_bool(masked.to(place), config.num_masked)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mpm.config.section import Count, Location, Pair, Positive, Probability, Section, check_multiple
+from mpm.config.section import Count, Fraction, Location, Pair, Positive, Probability, Section, check_multiple
 from mpm.variants import BLOCKS_PATTERN, SIZES, VARIANTS, Architecture, architecture, variant
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "DecoderPredictor",
     "HMLPStem",
     "HOGTarget",
+    "LatentTarget",
     "LinearPredictor",
     "LinearStem",
     "MaskedObjective",
@@ -310,7 +311,21 @@ class HOGTarget(Section):
     """Histograms per side of a patch."""
 
 
-Target = Annotated[PixelTarget | CodeTarget | HOGTarget, Field(discriminator="kind")]
+class LatentTarget(Section):
+    """What a moving average of the network makes of the patches (iBOT, arXiv:2111.07832)."""
+
+    kind: Literal["latent"]
+    prototypes: Count = 1024
+    """Directions that tokens are compared with (iBOT: 8192)."""
+    momentum: Fraction = 0.996
+    """Share of the average kept at the first step; it rises to 1. Short runs want 0.99."""
+    teacher_temperature: Positive = 0.04
+    """Of the targets."""
+    student_temperature: Positive = 0.1
+    """Of the predictions."""
+
+
+Target = Annotated[PixelTarget | CodeTarget | HOGTarget | LatentTarget, Field(discriminator="kind")]
 
 
 class MaskedObjective(Section):
@@ -322,18 +337,20 @@ class MaskedObjective(Section):
     target: Target
     """What is predicted."""
     loss: Literal["l1", "l2", "smooth_l1", "cross_entropy"] | None = None
-    """Of a patch (MAE, MaskFeat: l2, SimMIM: l1); null: cross_entropy for codes, else l2."""
+    """Of a patch (MAE, MaskFeat: l2, SimMIM: l1); null: cross_entropy for codes, latent's own, else l2."""
 
     @model_validator(mode="after")
     def _check(self) -> "MaskedObjective":
-        if self.loss is not None and (self.target.kind == "codes") != (self.loss == "cross_entropy"):
-            legal = "cross_entropy" if self.target.kind == "codes" else "l1, l2 or smooth_l1"
-            raise ValueError(f"loss {self.loss} is not for target.kind {self.target.kind}; use {legal}")
+        regression = ("l1", "l2", "smooth_l1")
+        legal = {"codes": ("cross_entropy",), "latent": ()}.get(self.target.kind, regression)
+        if self.loss is not None and self.loss not in legal:
+            use = " or ".join(legal) or "null"
+            raise ValueError(f"loss {self.loss} is not for target.kind {self.target.kind}; use {use}")
         return self
 
     def in_full(self) -> "MaskedObjective":
         """With the loss stated."""
-        usual: Any = "cross_entropy" if self.target.kind == "codes" else "l2"
+        usual: Any = {"codes": "cross_entropy", "latent": None}.get(self.target.kind, "l2")
         return self.model_copy(update={"loss": self.loss or usual})
 
 

@@ -1,14 +1,15 @@
 """What the forward pass of a masked objective costs: multiply-accumulates for one image."""
 
 from mpm.backbones.cost import backbone_macs, blocks_macs, linear_macs
+from mpm.objectives.latent import LatentPrediction
 from mpm.objectives.masked import MaskedPrediction
 from mpm.objectives.predictors import ClassPretrainingPredictor, DecoderPredictor, LinearPredictor, Predictor
 
 __all__ = ["masked_macs"]
 
 
-def masked_macs(objective: MaskedPrediction, *, num_masked: int) -> int:
-    """Of backbone and predictor, in their present mode.
+def masked_macs(objective: MaskedPrediction | LatentPrediction, *, num_masked: int) -> int:
+    """Of backbone and predictor, in their present mode; a teacher's pass is not in it.
 
     Args:
         objective: of parts that are ours.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpm.backbones.backbone import Backbone
-from mpm.objectives.masked import MaskedInputs, ObjectiveOutput
+from mpm.objectives.masked import MaskedInputs, ObjectiveOutput, predict
 from mpm.objectives.predictors import Predictor
 from mpm.patchify.masks import PatchMask
 
@@ -106,14 +106,7 @@ class LatentPrediction(nn.Module):
 
     def predict(self, images: Tensor, mask: PatchMask) -> Tensor:
         """Normalised images [B,C,H,W] -> predictions [S,B,M,D]."""
-        token = self.predictor.encoder_mask_token
-        tokens = self.backbone.embed(images, mask, token)
-        if token is None:
-            encoded = self.backbone.encode(tokens, at=mask.visible, layers=self.predictor.layers)
-        else:
-            read = mask.masked if self.predictor.reads == "masked" else None
-            encoded = self.backbone.encode(tokens, read=read, layers=self.predictor.layers)
-        return self.predictor(encoded, mask)
+        return predict(self.backbone, self.predictor, images, mask)
 
     @torch.no_grad()
     def teach(self, images: Tensor, mask: PatchMask) -> Tensor:

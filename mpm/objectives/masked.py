@@ -10,7 +10,7 @@ from mpm.backbones.backbone import Backbone
 from mpm.objectives.predictors import Predictor
 from mpm.patchify.masks import PatchMask
 
-__all__ = ["MaskedInputs", "MaskedPrediction", "ObjectiveOutput"]
+__all__ = ["MaskedInputs", "MaskedPrediction", "ObjectiveOutput", "predict"]
 
 
 class ObjectiveOutput(NamedTuple):
@@ -31,12 +31,24 @@ class MaskedInputs(NamedTuple):
     Attributes:
         images: normalised, float32 [B,C,H,W].
         mask: which patches are hidden.
-        targets: float32 [B,M,F], or codes int64 [B,M].
+        targets: float32 [B,M,F], or codes int64 [B,M]; empty where the objective makes its own.
     """
 
     images: Tensor
     mask: PatchMask
     targets: Tensor
+
+
+def predict(backbone: Backbone, predictor: Predictor, images: Tensor, mask: PatchMask) -> Tensor:
+    """Normalised images [B,C,H,W] -> predictions [S,B,M,F]; the trunk sees what the predictor asks for."""
+    token = predictor.encoder_mask_token
+    tokens = backbone.embed(images, mask, token)
+    if token is None:
+        encoded = backbone.encode(tokens, at=mask.visible, layers=predictor.layers)
+    else:
+        read = mask.masked if predictor.reads == "masked" else None
+        encoded = backbone.encode(tokens, read=read, layers=predictor.layers)
+    return predictor(encoded, mask)
 
 
 class MaskedPrediction(nn.Module):
@@ -58,14 +70,7 @@ class MaskedPrediction(nn.Module):
 
     def predict(self, images: Tensor, mask: PatchMask) -> Tensor:
         """Normalised images [B,C,H,W] -> predictions [S,B,M,F]."""
-        token = self.predictor.encoder_mask_token
-        tokens = self.backbone.embed(images, mask, token)
-        if token is None:
-            encoded = self.backbone.encode(tokens, at=mask.visible, layers=self.predictor.layers)
-        else:
-            read = mask.masked if self.predictor.reads == "masked" else None
-            encoded = self.backbone.encode(tokens, read=read, layers=self.predictor.layers)
-        return self.predictor(encoded, mask)
+        return predict(self.backbone, self.predictor, images, mask)
 
     def forward(self, inputs: MaskedInputs, progress: Tensor) -> ObjectiveOutput:
         """The mean over masked patches, summed over the S predictions; `progress` is not used.

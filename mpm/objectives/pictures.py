@@ -41,7 +41,7 @@ def reconstructions(
 
     Returns: uint8 [3,H',W'], small images enlarged.
     """
-    predictions = objective.predict(normalize(images), mask)[-1].float()  # [B,M,F]
+    predictions = objective.predict(normalize(images), mask)[0].float()  # [B,M,F]
     patch_size = objective.backbone.stem.patch_size
     patches = patchify(images, patch_size)
     index = mask.masked[..., None].expand(-1, -1, patches.shape[-1])

@@ -42,13 +42,13 @@ class PrepareMasked:
     """Normalises the images and computes the targets, unless their codes come with the batch.
 
     Args:
-        target: what is predicted; it gets its own view of the images, in [0,1].
+        target: what is predicted; it gets its own view of the images, in [0,1]. None: the objective makes it.
         normalize: for the network.
         num_masked: M, the same in every row.
         device: of the network.
     """
 
-    def __init__(self, target: Target, *, normalize: Normalize, num_masked: int, device: torch.device):
+    def __init__(self, target: Target | None, *, normalize: Normalize, num_masked: int, device: torch.device):
         self.target = target
         self._normalize = normalize
         self._num_masked = num_masked
@@ -61,6 +61,8 @@ class PrepareMasked:
         mask = PatchMask.from_bool(batch.masked.to(self._device, non_blocking=True), self._num_masked)
         if batch.codes is not None:
             targets = mask.take_masked(batch.codes.to(self._device, non_blocking=True))
+        elif self.target is None:
+            targets = images.new_empty(0)
         else:
             own = batch.target_images
             targets = self.target(images if own is None else to_unit(own, self._device), mask)

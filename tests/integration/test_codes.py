@@ -49,12 +49,13 @@ def test_stopped_tokenizer_ends_as_an_uninterrupted_one(name: str, tmp_path: Pat
     assert_identical(everything_saved(stopped), everything_saved(one_go))
 
 
-@pytest.mark.parametrize("name", ["beit", "beitv2", "hog"])
+@pytest.mark.parametrize("name", ["beit", "beitv2", "hog", "latent"])
 def test_stopped_objective_ends_as_an_uninterrupted_one(name: str, tokenizers: Path, tmp_path: Path) -> None:
     words = {
         "beit": codes_of(tokenizers / "dvae"),
         "beitv2": [*codes_of(tokenizers / "vqkd"), *CLASS_PRETRAINING],
         "hog": ["objective.predictor={kind: linear}", "objective.target={kind: hog}"],
+        "latent": ["objective.target={kind: latent, prototypes: 16, momentum: 0.9}"],
     }[name]
     config = pretrain_config(tmp_path / "stopped", *words, "optim.steps=7")
     stopped, one_go = stopped_and_not(config, tmp_path)
