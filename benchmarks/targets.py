@@ -52,8 +52,8 @@ DATA = {
         patch_size=7,
         dvae_view=32,
         labels={"count": 1000},
-        pretrain_steps=2500,
-        finetune_steps=500,
+        pretrain_steps=2000,
+        finetune_steps=400,
     ),
     "clipart": Data(
         view={"image_size": 64, "channels": 3, "mean": "measured", "std": "measured"},
@@ -62,14 +62,14 @@ DATA = {
         patch_size=8,
         dvae_view=64,
         labels=None,
-        pretrain_steps=1200,
-        finetune_steps=500,
+        pretrain_steps=1000,
+        finetune_steps=400,
     ),
 }
-SMALL = {"dim": 96, "depth": 4, "heads": 3}
+SMALL = {"dim": 64, "depth": 4, "heads": 2}
 BLOCKS = {"kind": "block", "ratio": 0.4, "min_area": 2}
 LINEAR = {"kind": "linear"}
-DECODER = {"kind": "decoder", "dim": 48, "depth": 2, "heads": 2}
+DECODER = {"kind": "decoder", "dim": 32, "depth": 2, "heads": 2}
 TOKENIZER_BATCH, PRETRAIN_BATCH, FINETUNE_BATCH = 128, 64, 64
 # the last of each in metrics.jsonl
 KEPT = (
@@ -112,11 +112,12 @@ def objective(method: str, tokenizers: Path, data: str) -> dict[str, Any]:
         mask = {"kind": "random", "ratio": 0.75} if name == "beit_decoder" else BLOCKS
         return {"mask": mask, "objective": {"kind": "masked", "predictor": predictor, "target": target}}
     pixels = {"kind": "pixels", "normalize_patches": True}
-    chosen: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
+    chosen: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str | None]] = {
         "mae": ({"kind": "random", "ratio": 0.75}, DECODER, pixels, "l2"),
         "simmim": ({"kind": "random", "ratio": 0.6}, LINEAR, {"kind": "pixels"}, "l1"),
         "pixels": (BLOCKS, LINEAR, pixels, "l2"),
         "hog": (BLOCKS, LINEAR, hog(DATA[data]), "l2"),
+        "latent": (BLOCKS, LINEAR, {"kind": "latent", "prototypes": 256, "momentum": 0.99}, None),
     }
     mask, predictor, target, loss = chosen[name]
     return {
@@ -265,23 +266,23 @@ def grid_targets(seeds: int) -> Iterator[Cell]:
     for seed in range(seeds):
         for method in METHODS:
             for data in DATA:
-                yield Cell("targets", data, method, "hmlp", seed, **settings(method))
+                yield Cell("runs", data, method, "hmlp", seed, **settings(method))
 
 
 def grid_more(seeds: int) -> Iterator[Cell]:
-    """Ablations of both papers: pixels under BEiT's masks, codes under MAE's decoder, class pretraining."""
+    """Ablations of both papers (pixels under BEiT's masks, codes under MAE's decoder), BEiT v2, latent."""
     for seed in range(seeds):
-        for method in ("pixels", "beit_decoder:dvae", "beitv2:dvae"):
+        for method in ("pixels", "beit_decoder:vqkd", "beitv2:vqkd", "latent"):
             for data in DATA:
-                yield Cell("more", data, method, "hmlp", seed, **settings(method))
+                yield Cell("runs", data, method, "hmlp", seed, **settings(method))
 
 
 def grid_stems(seeds: int) -> Iterator[Cell]:
+    """In colour, where a patch of 8 is large enough for a hierarchy; those with hMLP are cells of `targets`."""
     for seed in range(seeds):
-        for method in ("scratch", "beit:dvae"):
+        for method in ("scratch", "beit:vqkd"):
             for stem in STEMS:
-                for data in DATA:
-                    yield Cell("stems", data, method, stem, seed, **settings(method))
+                yield Cell("runs", "clipart", method, stem, seed, **settings(method))
 
 
 def grid_rates(seeds: int) -> Iterator[Cell]:
@@ -289,11 +290,11 @@ def grid_rates(seeds: int) -> Iterator[Cell]:
     for data in DATA:
         for lr in (1e-3, 2e-3, 4e-3):
             yield Cell("rates", data, "scratch", "hmlp", SEARCH_SEED, 0.0, lr, 1.0)
-        for lr, decay in ((1e-3, 0.8), (2e-3, 0.8), (4e-3, 0.8), (2e-3, 0.65)):
-            yield Cell("rates", data, "beit:kmeans", "hmlp", SEARCH_SEED, 2e-3, lr, decay)
-        for method in ("mae", "simmim", "beit:kmeans", "hog"):
-            for lr in (1e-3, 4e-3):
-                yield Cell("rates", data, method, "hmlp", SEARCH_SEED, lr, **TUNED)
+        for lr in (1e-3, 2e-3, 4e-3):
+            yield Cell("rates", data, "beit:vqkd", "hmlp", SEARCH_SEED, 2e-3, lr, 0.8)
+    for method in ("beit:vqkd", "mae"):
+        for lr in (1e-3, 4e-3):
+            yield Cell("rates", "fashion_mnist", method, "hmlp", SEARCH_SEED, lr, **TUNED)
 
 
 GRIDS = {"targets": grid_targets, "more": grid_more, "stems": grid_stems, "rates": grid_rates}
@@ -334,7 +335,8 @@ def main() -> None:
         [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
     )
     if options.table:
-        print(table([record for record in known if record.get("cell", {}).get("grid") == options.grid]))
+        names = {cell.name for cell in GRIDS[options.grid](options.seeds)}
+        print(table([record for record in known if record["name"] in names]))
         return
     finished = {record["name"] for record in known}
     results = Results("targets", torch.device("cpu"), out=options.out, packages=["timm"])
