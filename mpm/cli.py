@@ -100,7 +100,7 @@ def _log_to_stderr() -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> None:
-    model = configfile.pretraining_model_of(options.config)
+    model = configfile.pretraining_model_of(options.config, options.words)
     config = configfile.load(options.config, options.words, model).config
     from mpm.pretraining import pretrain
 
@@ -128,6 +128,10 @@ def _train(
 
 
 def _tokenize(options: argparse.Namespace) -> None:
+    if configfile.pretraining_model_of(options.config, options.words) is TokenizerConfig:
+        raise configfile.ConfigError(
+            f"{options.config} trains a tokenizer; give the file of the pretraining that is to read its codes"
+        )
     config = configfile.load(options.config, options.words, PretrainConfig).config
     from mpm.commands.tokenizing import tokenize
 

@@ -1,5 +1,6 @@
 """Configuration files: YAML and `key=value` words to a checked configuration, and back to text."""
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -117,13 +118,23 @@ def model_of(path: str | Path) -> type[AnyConfig]:
     )
 
 
-def pretraining_model_of(path: str | Path) -> type[PretrainConfig] | type[TokenizerConfig]:
-    """Which of the two that pretrain.py takes, by `objective.kind`.
+def pretraining_model_of(
+    path: str | Path, overrides: Sequence[str] = ()
+) -> type[PretrainConfig] | type[TokenizerConfig]:
+    """Which of the two that pretrain.py takes, by `objective.kind` in the file or the words.
 
     Raises:
         ConfigError: if the file cannot be read.
     """
-    return _pretraining_model(_read(path).value.get("objective"))
+    objective = _read(path).value.get("objective")
+    for word in overrides:
+        key, _, text = word.partition("=")
+        with contextlib.suppress(yaml.YAMLError, ValueError):  # told where it is applied
+            if key.strip() == "objective":
+                objective = parse(text).value
+            elif key.strip() == "objective.kind":
+                objective = {"kind": parse(text).value}
+    return _pretraining_model(objective)
 
 
 def _pretraining_model(objective: Any) -> type[PretrainConfig] | type[TokenizerConfig]:
@@ -200,7 +211,8 @@ def same_run(a: AnyConfig, b: AnyConfig) -> list[str]:
     differing = (
         key for key in left | right if left.get(key) != right.get(key) or (key in left) != (key in right)
     )
-    return [key for key in differing if not key.startswith("run.")]
+    # codes in a cache are checked to be those that would be computed
+    return [key for key in differing if not key.startswith("run.") and key != "objective.target.cache"]
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -58,11 +58,13 @@ class Experiment(Protocol):
         kind: of its checkpoints.
         config: everything in it stated.
         images: to learn from.
+        identity: digests of frozen networks, and what else a continued run must find as it was.
     """
 
     kind: str
     config: Any
     images: ImageSource
+    identity: dict[str, str]
 
     def create(self, device: torch.device, *, is_new: bool) -> Parts:
         """The parts, with fresh parameters; weights to start from are read where the run `is_new`."""

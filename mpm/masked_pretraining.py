@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -13,12 +13,11 @@ from mpm import build, distributed
 from mpm.config import CodeTarget, LatentTarget, PretrainConfig, PretrainData, Statistics
 from mpm.data.codes import CodeCache
 from mpm.data.datasets import ImageSource
-from mpm.data.loading import eval_loader
-from mpm.data.subsets import Subset
+from mpm.data.loading import stack
 from mpm.data.substitution import Substituting
 from mpm.data.views import EvalView
 from mpm.experiment import Parts
-from mpm.monitoring import Monitor, looked_at
+from mpm.monitoring import Monitor, code_views
 from mpm.network import Trunk, read_trunk
 from mpm.objectives.cost import masked_macs
 from mpm.objectives.latent import LatentPrediction
@@ -27,7 +26,7 @@ from mpm.objectives.prepare import PrepareMasked
 from mpm.objectives.targets import CodeTarget as Codes
 from mpm.objectives.targets import Target
 from mpm.patchify.pixels import Normalize, to_unit
-from mpm.tokenization import read_tokenizer
+from mpm.tokenization import digest, read_tokenizer
 from mpm.tokenizers.base import Tokenizer
 from mpm.tokenizers.use import CodeUse, code_use
 
@@ -35,7 +34,8 @@ __all__ = ["MaskedPretraining", "code_fingerprint", "code_target"]
 
 log = logging.getLogger(__name__)
 
-_BATCH = 256
+_IMAGES_COMPARED = 32
+_IMAGES_HASHED = 16
 _AGREEMENT = 0.99  # of codes in bf16 with those in fp32
 
 
@@ -46,6 +46,7 @@ class MaskedPretraining:
         kind: "pretrain".
         config: resolved.
         images: the training images.
+        identity: of the tokenizer, and the precision it computes in.
 
     Raises:
         ValueError: if what it names does not fit.
@@ -70,7 +71,9 @@ class MaskedPretraining:
         )
         target = config.objective.target
         self._tokenizer = read_tokenizer(target.tokenizer) if isinstance(target, CodeTarget) else None
+        self.identity: dict[str, str] = {}
         if self._tokenizer is not None:
+            self.identity["tokenizer"] = digest(cast(nn.Module, self._tokenizer))
             build.tokenizer_view(self.config, self._tokenizer)  # whether it fits
 
     def create(self, device: torch.device, *, is_new: bool) -> Parts:
@@ -86,6 +89,7 @@ class MaskedPretraining:
             target = build.target(config, normalize)
         else:
             target, facts = code_target(config, self._tokenizer, Substituting(self.images), device=device)
+            self.identity["precision of codes"] = str(target.dtype)
         objective = build.objective(config, None if target is None else target.out_dim).to(device)
         if self._trunk is not None and is_new:
             _continue_from(self._trunk, objective, channels=data.channels)
@@ -130,13 +134,8 @@ def code_target(
     tokenizer.to(device)
     size = build.tokenizer_view(config, tokenizer)
     view = EvalView(size, crop=1.0, interpolation=tokenizer.interpolation)
-    some = Subset(images, looked_at(len(images), np.random.default_rng(config.seed)))
-
-    def batches() -> Iterator[Tensor]:
-        for batch in eval_loader(some, view, batch_size=_BATCH, workers=config.run.workers):
-            yield to_unit(batch.images, device)
-
-    use = code_use(tokenizer, batches())
+    views = code_views(images, view, seed=config.seed, workers=config.run.workers, device=device)
+    use = code_use(tokenizer, views)
     if use.live_share < stated.min_live:
         raise ValueError(
             f"the codebook of {stated.tokenizer} has collapsed: {use}; that is {use.live_share:.1%} of what "
@@ -145,7 +144,10 @@ def code_target(
         )
     dtype, agreement = torch.float32, ""
     if stated.dtype == "bf16" or (stated.dtype == "auto" and config.optim.dtype == "bf16"):
-        share = distributed.broadcast_object(_agreement(config, tokenizer, next(batches()), use))
+        # the same images on every process, however many there are
+        few = [view(images.read(index)) for index in range(min(len(images), _IMAGES_COMPARED))]
+        share = _agreement(config, tokenizer, to_unit(stack(few), device), use)
+        share = distributed.broadcast_object(share)
         agreement = f"; {share:.2%} of the codes in bf16 are those in fp32"
         if stated.dtype == "bf16" or share >= _AGREEMENT:
             dtype = torch.bfloat16
@@ -161,16 +163,16 @@ def code_fingerprint(config: PretrainConfig, target: Codes, images: ImageSource)
     """All that the codes of the crops depend on, as plain data."""
     assert isinstance(config.objective.target, CodeTarget)
     view = config.data.model_dump(
-        mode="json",
-        exclude={"image_size", "mean", "std", "interpolation", "root", "index", "download"},
+        mode="json", exclude={"mean", "std", "interpolation", "root", "index", "download"}
     )
-    names = hashlib.sha256("\0".join(images.name(index) for index in range(len(images))).encode())
-    state = hashlib.sha256()
-    for name, tensor in sorted(cast(nn.Module, target.tokenizer).state_dict().items()):
-        state.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    contents = hashlib.sha256()
+    for index in range(len(images)):  # absolute names move with the folder
+        contents.update(Path(images.name(index)).name.encode(errors="surrogateescape") + b"\0")
+    for place in np.linspace(0, len(images) - 1, min(len(images), _IMAGES_HASHED), dtype=int):
+        contents.update(Substituting(images).read(int(place)).numpy().tobytes())
     return {
-        "image_names": names.hexdigest(),
-        "tokenizer": state.hexdigest(),
+        "images": contents.hexdigest(),
+        "tokenizer": digest(cast(nn.Module, target.tokenizer)),
         "dtype": str(target.dtype),
         "seed": config.seed,
         "crops": config.objective.target.crops,

@@ -28,17 +28,29 @@ from mpm.patchify.pixels import Normalize, to_unit
 from mpm.tokenizers.base import Tokenizer
 from mpm.tokenizers.use import CodeUse, code_use
 
-__all__ = ["CodeMonitor", "Monitor", "looked_at"]
+__all__ = ["CodeMonitor", "Monitor", "code_views"]
 
 log = logging.getLogger(__name__)
 
 _UNLABELLED_IMAGES = 2048
 _BATCH = 256
+_IMAGES_FOR_CODES = 1024  # of which published tokenizers cost teraflops
+_CODE_BATCH = 32  # a layer of DALL-E's encoder holds 13 MB for an image
 
 
 def looked_at(count: int, rng: np.random.Generator) -> np.ndarray:
     """A few of `count` images, in random order: folders come class by class."""
     return rng.permutation(count)[:_UNLABELLED_IMAGES]
+
+
+def code_views(
+    images: ImageSource, view: EvalView, *, seed: int, workers: int, device: torch.device
+) -> Iterator[Tensor]:
+    """Some images as a tokenizer gets them, float32 [B,C,H,W] in [0,1]; each process has its share."""
+    order = np.random.default_rng(seed).permutation(len(images))[:_IMAGES_FOR_CODES]
+    some = Subset(Substituting(images), order)
+    for batch in eval_loader(some, view, batch_size=_CODE_BATCH, workers=workers):
+        yield to_unit(batch.images, device)
 
 
 class Monitor:
@@ -153,6 +165,7 @@ class CodeMonitor:
             test = config.monitor.test
             shown = build.source(test, image_size=data.image_size, channels=data.channels, labelled=False)
         self._shown = Substituting(shown)
+        self._seed = config.seed
         self._some = looked_at(len(shown), np.random.default_rng(config.seed))
         self._images = config.monitor.images
 
@@ -163,7 +176,10 @@ class CodeMonitor:
         was_training = tokenizer.training
         tokenizer.eval()
         try:
-            use = code_use(tokenizer, self._batches())
+            views = code_views(
+                self._shown, self._view, seed=self._seed, workers=self._workers, device=self._device
+            )
+            use = code_use(tokenizer, views)
             signals = {
                 "perplexity": use.perplexity,
                 "live_codes": use.live_share,
@@ -172,11 +188,6 @@ class CodeMonitor:
             return Look(signals, self._picture(tokenizer, use), use.counts)
         finally:
             tokenizer.train(was_training)
-
-    def _batches(self) -> Iterator[Tensor]:
-        some = Subset(self._shown, self._some)
-        for batch in eval_loader(some, self._view, batch_size=_BATCH, workers=self._workers):
-            yield to_unit(batch.images, self._device)
 
     def _picture(self, tokenizer: Tokenizer, use: CodeUse) -> Tensor | None:
         count = min(self._images, len(self._some))

@@ -73,7 +73,7 @@ def _pretrain(
         flops_per_image=None if parts.macs is None else 3 * 2 * parts.macs,
         ceiling=None if parts.macs is None else matmul_flops_per_s(device, build.dtype(optim)),
     )
-    known = {"images": len(images)}
+    known = {"images": len(images), **experiment.identity}
     start, _ = run.restore(objective=objective, optimizer=optimizer, reporter=reporter, data=known)
     facts = build.facts(config, schedule, num_images=len(images), device=device, start=start)
     log_facts(parts.facts | facts)

@@ -235,8 +235,8 @@ class Run:
         for name, now in data.items():
             if (then := saved.metadata["data"][name]) != now:
                 raise ValueError(
-                    f"the training data has other {name} than when {self.folder} began: {_shortened(now)}, "
-                    f"not {_shortened(then)}; restore them, or choose another run.output_dir"
+                    f"{name} is not what it was when {self.folder} began: {_shortened(now)}, "
+                    f"not {_shortened(then)}; restore what was, or choose another run.output_dir"
                 )
         state = checkpoint.load_train_state(self.resumes_from)
         objective.load_state_dict(saved.model)

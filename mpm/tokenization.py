@@ -1,8 +1,10 @@
 """Tokenizers out of checkpoints and published files."""
 
+import hashlib
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import nn
 
 from mpm import build, checkpoint, configfile
@@ -10,7 +12,7 @@ from mpm.config import TokenizerConfig
 from mpm.patchify.pixels import Normalize
 from mpm.tokenizers.base import Tokenizer
 
-__all__ = ["read_tokenizer"]
+__all__ = ["digest", "read_tokenizer"]
 
 
 def read_tokenizer(source: str | Path) -> Tokenizer:
@@ -33,6 +35,14 @@ def read_tokenizer(source: str | Path) -> Tokenizer:
         built = _of_run(path)
     frozen = cast(nn.Module, built).eval().requires_grad_(False)
     return cast(Tokenizer, frozen)
+
+
+def digest(module: nn.Module) -> str:
+    """SHA-256 of a module's state: what it was trained to be."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        total.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def _of_run(path: Path) -> nn.Module:

@@ -131,6 +131,10 @@ class TokenizerConfig(Section):
                 "takes no rate; remove it" if optim.lr else "learns nothing at rate 0; use 5e-4, for example"
             )
             raise ValueError(f"optim.lr {optim.lr:g}: {objective.kind} {rule}")
+        for key in ("weight_decay", "betas", "eps", "warmup_epochs", "warmup_steps", "schedule", "clip_norm"):
+            value = getattr(optim, key)
+            if objective.kind == "kmeans" and value != type(optim).model_fields[key].default:
+                raise ValueError(f"optim.{key} {value}: kmeans has no gradient; remove it")
         if objective.kind == "vqkd" and self.backbone is None:
             raise ValueError("backbone is null; objective.kind vqkd needs it: the encoder")
         if self.backbone is not None and not self._takes_backbone:
@@ -168,4 +172,6 @@ class TokenizerConfig(Section):
                 return 2**layers, 2**layers
             case KMeansObjective(input=PatchInput(patch_size=patch_size)):
                 return patch_size
-        return None if self.backbone is None else self.backbone.resolved().patch_size
+        if self.backbone is None or self.backbone.missing:
+            return None
+        return self.backbone.resolved().patch_size

@@ -76,7 +76,7 @@ class DVAEObjective(Section):
     layers: Annotated[int, Field(ge=1, le=6)] = 3
     """Convolutions of stride 2: a code stands for 2^layers pixels a side."""
     blocks: Annotated[int, Field(ge=0)] = 1
-    """Residual blocks of encoder and decoder."""
+    """Residual blocks after each convolution of encoder and decoder."""
     loss: Literal["l2", "smooth_l1"] = "l2"
     """Of the reconstruction."""
     temperature: Anneal = Anneal(start=1.0, end=0.0625, share=0.5)

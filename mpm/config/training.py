@@ -31,7 +31,7 @@ class Run(Section):
     """Where and how it runs: two runs are the same experiment where all but this is equal.
 
     Nothing here moves more than rounding, except that a micro-batch is what batch norm, Mixup and drop path
-    see at once.
+    see at once, what a codebook starts from, and what moves the center of latent targets.
     """
 
     output_dir: Location
@@ -164,7 +164,7 @@ class PretrainOptim(Optim):
     """Tokens whose weights decay (MAE: both; BEiT, SimMIM: the mask token)."""
 
 
-class TokenizerOptim(PretrainOptim):
+class TokenizerOptim(Optim):
     """AdamW for tokenizers; k-means has no gradient and takes durations, batch size and dtype only."""
 
     lr: NotNegative = 0.0

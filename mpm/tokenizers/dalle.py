@@ -41,7 +41,7 @@ class DalleEncoder(nn.Module):
         self.vocab_size = num_codes
         self.stride = (8, 8)
         self.channels = channels
-        self.grid = None
+        self.grid: tuple[int, int] | None = None
         self.interpolation = "lanczos"
         groups = 4
         widths = [hidden * 2**group for group in range(groups)]

@@ -60,7 +60,7 @@ class DiscreteVAE(nn.Module):
         self.vocab_size = num_codes
         self.stride = (2**layers, 2**layers)
         self.channels = channels
-        self.grid = None
+        self.grid: tuple[int, int] | None = None
         self.interpolation = interpolation
         self.normalize = normalize
         self.codebook = nn.Embedding(num_codes, code_dim)

@@ -21,7 +21,18 @@ from mpm.patchify.pixels import Normalize
 from mpm.pretraining import pretrain
 from mpm.training.loop import train_steps
 from tests.integration.runs import ROOT, assert_identical, everything_saved, metrics
-from tests.integration.settings import CONV, HMLP, SCRATCH, SIMMIM, finetune_config, pretrain_config
+from tests.integration.settings import (
+    CLASS_PRETRAINING,
+    CONV,
+    HMLP,
+    SCRATCH,
+    SIMMIM,
+    TOKENIZERS,
+    codes_of,
+    finetune_config,
+    pretrain_config,
+    tokenizer_config,
+)
 
 # Spreading a batch moves the last bits of its gradient. AdamW divides a gradient by its own size, so where it
 # is nothing but rounding (a bias of the keys, which softmax cancels; one before a batch norm) it makes whole
@@ -43,7 +54,11 @@ PRETRAININGS = {
     ],
     "simmim, conv stem with batch norm": [*SIMMIM, CONV % "batch"],
 }
-# Mixing and dropped paths draw other numbers on each process; all else is the same.
+HOG = ["objective.predictor={kind: linear}", "objective.target={kind: hog}", "objective.loss=l2"]
+# of codes they are given; those of a tokenizer's last bits may be others
+CODES = {"beit": [HMLP % "batch"], "beitv2": CLASS_PRETRAINING}
+TARGETS = {"maskfeat": HOG, "latent": ["objective.target={kind: latent, prototypes: 16}"]}
+# Gumbel noise, mixing and dropped paths draw other numbers on each process; all else is the same.
 FINETUNING = [*SCRATCH, *STEADY, "mixup=null", "optim.layer_decay=0.75", "evaluate_every=3"]
 METHODS = {"mae": [], "simmim": SIMMIM}
 TRUNKS = {
@@ -54,9 +69,21 @@ TRUNKS = {
 STEMS = {"linear": "backbone.stem.kind=linear", "hmlp": HMLP % "batch", "conv": CONV % "batch"}
 
 
-def train(name: str, folder: Path, *words: str) -> None:
+NAMES = (*PRETRAININGS, *CODES, *TARGETS, "kmeans", "vqkd", "fine-tuning")
+
+
+def train(name: str, folder: Path, *words: str, tokenizer: Path | None = None) -> None:
     if name == "fine-tuning":
         finetune(finetune_config(folder, *FINETUNING, *words))
+    elif name in ("kmeans", "vqkd"):
+        steady = ["optim.steps=6"] if name == "kmeans" else STEADY
+        pretrain(tokenizer_config(folder, *TOKENIZERS[name], *steady, *words))
+    elif name in CODES:
+        assert tokenizer is not None
+        words = (*codes_of(tokenizer), *CODES[name], *STEADY, "backbone.drop_path=0", *words)
+        pretrain(pretrain_config(folder, *words))
+    elif name in TARGETS:
+        pretrain(pretrain_config(folder, *TARGETS[name], *STEADY, *words))
     else:
         # not l1, as in SimMIM: its gradient jumps where a prediction is right to the last bits
         pretrain(pretrain_config(folder, *PRETRAININGS[name], *STEADY, "objective.loss=l2", *words))
@@ -87,6 +114,7 @@ def assert_same_training(a: Path, b: Path, *, rtol: float = RTOL) -> None:
 def on_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run for each name, and `gradients`: one launch for all."""
     folder = tmp_path_factory.mktemp("two")
+    train("kmeans", folder / "tokenizer")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*launcher, "-m", "tests.integration.test_processes", str(folder)],
@@ -102,9 +130,9 @@ def on_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.torchrun
-@pytest.mark.parametrize("name", [*PRETRAININGS, "fine-tuning"])
+@pytest.mark.parametrize("name", NAMES)
 def test_two_processes_equal_one(name: str, on_two_processes: Path, tmp_path: Path) -> None:
-    train(name, tmp_path)
+    train(name, tmp_path, tokenizer=on_two_processes / "tokenizer")
     rtol = RTOL_OVER_PLACES if "conv" in name else RTOL
     assert_same_training(on_two_processes / name, tmp_path, rtol=rtol)
     if name == "fine-tuning":
@@ -179,8 +207,11 @@ def without_gradient(config: PretrainConfig) -> list[str]:
 
 
 def main(folder: Path) -> None:
-    for name in (*PRETRAININGS, "fine-tuning"):
-        train(name, folder / name)
+    for name in NAMES:
+        train(name, folder / name, tokenizer=folder / "tokenizer")
+    pretrain(
+        tokenizer_config(folder / "dvae", *TOKENIZERS["dvae"], "optim.steps=3")
+    )  # DDP sees each gradient
     distributed.start("cpu", threads=1)
     for method, method_words in METHODS.items():
         for trunk, trunk_words in TRUNKS.items():
