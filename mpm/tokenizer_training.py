@@ -1,11 +1,12 @@
 """Training a tokenizer as an experiment: what a configuration of one becomes."""
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
 from mpm import build
+from mpm.backbones.backbone import Backbone
 from mpm.config import (
     FeatureInput,
     HOGTeacher,
@@ -17,11 +18,13 @@ from mpm.config import (
 )
 from mpm.experiment import Parts
 from mpm.imported import TIMM
+from mpm.interop.timm_hub import create_timm
 from mpm.monitoring import CodeMonitor
 from mpm.network import Trunk, read_trunk
 from mpm.objectives import teachers
 from mpm.objectives.prepare import PrepareTokenizer
 from mpm.patchify.pixels import Normalize
+from mpm.tokenization import digest
 
 __all__ = ["TokenizerTraining"]
 
@@ -33,6 +36,7 @@ class TokenizerTraining:
         kind: "tokenizer".
         config: resolved.
         images: the training images.
+        identity: of the network that is the teacher, where there is one.
 
     Raises:
         ValueError: if what it names does not fit.
@@ -68,12 +72,14 @@ class TokenizerTraining:
         codes = objective.codes or build.default_codes(len(images), self.grid[0] * self.grid[1])
         self.config = config.model_copy(update={"objective": objective.model_copy(update={"codes": codes})})
         self.images = images
+        self.identity: dict[str, str] = {}
+        self._teacher = self._read_teacher()
 
     def create(self, device: torch.device, *, is_new: bool) -> Parts:
         """See `Experiment`."""
         config, data = self.config, self.config.data
         assert isinstance(data.mean, tuple) and isinstance(data.std, tuple)
-        teacher = self._teacher(device)
+        teacher = None if self._teacher is None else self._teacher.to(device)
         tokenizer = build.tokenizer(config, Normalize(data.mean, data.std))
         objective = build.tokenizer_objective(
             config, tokenizer, feature_dim=None if teacher is None else teacher.dim
@@ -83,7 +89,9 @@ class TokenizerTraining:
             weights = self._network.weights_for(network.backbone, channels=data.channels)
             kept = network.backbone.state_dict().keys()  # without the blocks above the layer
             network.backbone.load_state_dict({name: weights[name] for name in kept})
-            if network.norm.state_dict():  # an inner layer's has no weights
+            # An inner layer's norm has no weights. That of the last keeps 1 and 0, and so standardises, where
+            # the network norms no patch tokens itself: it reads their mean, or by class attention.
+            if network.norm.state_dict() and self._network.norm:
                 network.norm.load_state_dict(self._network.norm)
         monitor = CodeMonitor(config, self.images, device=device)
         trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
@@ -99,7 +107,8 @@ class TokenizerTraining:
             },
         )
 
-    def _teacher(self, device: torch.device) -> Any:
+    def _read_teacher(self) -> Any:
+        """On the CPU; None: there is none. States its identity."""
         config = self.config
         if not isinstance(config.objective, VQKDObjective):
             return None
@@ -107,30 +116,53 @@ class TokenizerTraining:
         patch_size, channels = config.backbone.resolved().patch_size, config.data.channels
         match config.objective.teacher:
             case PixelTeacher():
-                return teachers.PixelTeacher(patch_size, channels=channels).to(device)
+                return teachers.PixelTeacher(patch_size, channels=channels)
             case HOGTeacher(cells=cells):
-                return teachers.HOGTeacher(patch_size, channels=channels, cells=cells).to(device)
+                return teachers.HOGTeacher(patch_size, channels=channels, cells=cells)
             case NetworkTeacher(checkpoint=source):
-                return _network_teacher(source, self.grid).to(device)
+                read = _network_teacher(source, self.grid, dtype=build.dtype(config.optim))
+                theirs = read.teacher.channels
+                if channels not in (1, theirs):
+                    grey = "" if theirs == 1 else ", or 1: grey images are repeated"
+                    raise ValueError(
+                        f"objective.teacher.checkpoint {source} takes {theirs} channel(s), and data.channels "
+                        f"is {channels}; set data.channels={theirs}{grey}"
+                    )
+                self.identity["teacher"] = read.identity
+                return read.teacher
 
 
-def _network_teacher(source: str, grid: tuple[int, int]) -> teachers.NetworkTeacher:
+class _Read(NamedTuple):
+    """A teacher, and the digest of its weights before they were resampled, which rounds by the machine."""
+
+    teacher: teachers.NetworkTeacher
+    identity: str
+
+
+def _network_teacher(source: str, grid: tuple[int, int], *, dtype: torch.dtype) -> _Read:
     """Any model of timm with its published weights, or the backbone of a checkpoint, on a grid."""
     if source.startswith(TIMM):
-        import timm
-
-        network = timm.create_model(source.removeprefix(TIMM), pretrained=True, num_classes=0)
-        published: Any = network.pretrained_cfg
+        network = create_timm(source.removeprefix(TIMM), num_classes=0)
+        identity = digest(network)
+        published = network.pretrained_cfg
         normalize = Normalize(published["mean"], published["std"])
-        return teachers.NetworkTeacher(network, grid=grid, normalize=normalize)
+        return _Read(teachers.NetworkTeacher(network, grid=grid, normalize=normalize, dtype=dtype), identity)
     trunk = read_trunk(source)
     patch_height, patch_width = trunk.backbone.resolved().patch_size
-    size = grid[0] * patch_height, grid[1] * patch_width
-    backbone = build.backbone(trunk.backbone, image_size=size, channels=trunk.channels)
-    backbone.load_state_dict(trunk.weights_for(backbone, channels=trunk.channels))
+    sizes = trunk.image_size, (grid[0] * patch_height, grid[1] * patch_width)
+    own, fitted = (_backbone(trunk, size) for size in sizes)
     norm = None
     if trunk.norm:
-        norm = nn.LayerNorm(backbone.dim, eps=1e-6)
+        norm = nn.LayerNorm(own.dim, eps=1e-6)
         norm.load_state_dict(trunk.norm)
-    normalize = Normalize(trunk.mean, trunk.std)
-    return teachers.NetworkTeacher(backbone, grid=grid, normalize=normalize, norm=norm)
+    teacher = teachers.NetworkTeacher(
+        fitted, grid=grid, normalize=Normalize(trunk.mean, trunk.std), norm=norm, dtype=dtype
+    )
+    return _Read(teacher, digest(nn.ModuleList([own] if norm is None else [own, norm])))
+
+
+def _backbone(trunk: Trunk, image_size: tuple[int, int]) -> Backbone:
+    """The backbone with its weights, for images of a size."""
+    backbone = build.backbone(trunk.backbone, image_size=image_size, channels=trunk.channels)
+    backbone.load_state_dict(trunk.weights_for(backbone, channels=trunk.channels))
+    return backbone

@@ -39,13 +39,13 @@ def subject_of(checkpoint: Path) -> Subject:
     config = configfile.load(file, [], configfile.model_of(file)).config
     assert not isinstance(config, TokenizerConfig)  # read_trunk has refused it
     training: dict[str, Any] = {}
-    predictor = None
+    predictor, predicted = None, None
     if isinstance(config, PretrainConfig):
-        predictor = config.objective.predictor
-        if predictor.kind == "decoder":
+        predictor, target = config.objective.predictor, config.objective.target
+        predicted = target.kind
+        if predictor.kind == "decoder" and isinstance(target, PixelTarget):  # of ViTMAE's config.json
             training["mask_ratio"] = config.num_masked / config.num_patches
-            target = config.objective.target
-            training["norm_pix_loss"] = isinstance(target, PixelTarget) and target.normalize_patches
+            training["norm_pix_loss"] = target.normalize_patches
     elif isinstance(config, ImportedConfig):
         predictor = config.predictor
     facts = {
@@ -63,4 +63,4 @@ def subject_of(checkpoint: Path) -> Subject:
     }
     state = {f"{part}.{name}": tensor for part, held in trunk.state.items() for name, tensor in held.items()}
     steps = f", step {trunk.step}" if trunk.step else ""
-    return Subject(facts, state, trunk.classes, f"{checkpoint}{steps}", training)
+    return Subject(facts, state, trunk.classes, f"{checkpoint}{steps}", training, predicted)

@@ -185,7 +185,13 @@ def write_transformers(network: Inference, subject: Subject, folder: Path) -> Wr
             f"--to transformers needs {error.name}: pip install 'masked-patch-modeling[export]'"
         ) from None
     subject, notes = _folded(subject)
-    files = to_transformers(subject.state, subject.config, classes=subject.classes, settings=subject.training)
+    files = to_transformers(
+        subject.state,
+        subject.config,
+        classes=subject.classes,
+        settings=subject.training,
+        target=subject.target,
+    )
     save_file(files.state, folder / _WEIGHTS, metadata={"format": "pt"})
     _write_json(folder / "config.json", files.config)
     _write_json(folder / "preprocessor_config.json", files.preprocessor)

@@ -12,7 +12,7 @@ from torch import Tensor
 from mpm.interop.files import some
 from mpm.interop.folding import fold_layer_scale
 from mpm.interop.geometry import is_sincos
-from mpm.interop.huggingface_classes import Kind, classic, kind_for, kind_of, names_of, rename
+from mpm.interop.huggingface_classes import Kind, classic, head_of, kind_for, kind_of, names_of, rename
 from mpm.interop.huggingface_settings import (
     facts_of,
     preprocessor_of,
@@ -215,28 +215,36 @@ def to_transformers(
     *,
     classes: Sequence[str] = (),
     settings: Mapping[str, Any] = MappingProxyType({}),
+    target: str | None = None,
 ) -> TransformersFiles:
     """The files of a folder that transformers' `from_pretrained` reads.
 
     A trunk with a relative position bias, or whose patches are averaged, becomes a BEiT, a MAE with its
     decoder a ViTMAE, one with a distillation token a DeiT, others a ViT. LayerScale is folded into the maps
-    before it but in BEiT, which has it.
+    before it but in BEiT, which has it. A predictor that is no head of these is left out.
 
     Args:
         state: mpm's weights: backbone, readout, heads, predictor.
         config: facts as `load_official` gives them.
         classes: names of the classes.
         settings: further values of config.json, such as norm_pix_loss.
+        target: what the predictor predicts, "pixels", "codes" or another; None: what its width says.
 
     Raises:
         ValueError: if transformers has no such network.
     """
-    kind = kind_for(state, config)
+    head = head_of(state, config, target=target)
+    notes = []
+    if head is None and "predictor.head.weight" in state:
+        kept = ("backbone.", "predictor.norm.")
+        state = {name: tensor for name, tensor in state.items() if name.startswith(kept)}
+        config = {**config, "predictor": None}
+        notes.append("What predicted hidden patches is left out: transformers has no such head.")
+    kind = kind_for(state, config, head=head)
     state = dict(state)
     if "predictor.norm.weight" in state and kind.norm[1] == "readout.norm":  # a trunk alone
         for part in ("weight", "bias"):
             state[f"readout.norm.{part}"] = state.pop(f"predictor.norm.{part}")
-    notes = []
     if kind.model_type != "beit" and config["backbone"]["layer_scale"] is not None:
         fold_layer_scale(state)
         notes.append("LayerScale is folded into the maps before it (exact).")

@@ -6,11 +6,11 @@ every version reads. The modules of version 5 have others (`vit.layers.0.attenti
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["KINDS", "Kind", "classic", "kind_for", "kind_of", "names_of", "rename"]
+__all__ = ["KINDS", "Kind", "classic", "head_of", "kind_for", "kind_of", "names_of", "rename"]
 
 _MODERN = (
     (r"^(\w+\.)?layers\.", r"\1encoder.layer."),
@@ -107,44 +107,71 @@ def kind_of(model_type: str, names: Iterable[str]) -> Kind:
     return max(of_type, key=lambda kind: len(kind.reader.keys() & modules))  # the first: the trunk alone
 
 
-def kind_for(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Kind:
+def head_of(
+    state: Mapping[str, Tensor], config: Mapping[str, Any], *, target: str | None = None
+) -> Literal["decoder", "pixels", "codes"] | None:
+    """Which of transformers' heads for masked modelling a predictor is; None: none of them, or there is none.
+
+    Args:
+        state: the network's weights.
+        config: facts as `load_official` gives them.
+        target: what is predicted: "pixels", "codes" or another; None: what the head's width says.
+    """
+    predictor, backbone = config["predictor"], config["backbone"]
+    if predictor is None or "predictor.head.weight" not in state:
+        return None
+    is_plain = backbone["positions"]["bias"] == "none" and config["readout"] != {"kind": "mean"}  # no BEiT
+    if target is None:
+        pixels = backbone["patch_size"][0] * backbone["patch_size"][1] * config["channels"]
+        fits = is_plain and len(state["predictor.head.weight"]) == pixels
+        known = predictor["kind"] == "decoder" or config.get("family") == "simmim"
+        target = "pixels" if fits or known else "codes"
+    match predictor["kind"], target:
+        case "decoder", "pixels":
+            return "decoder"
+        case "linear", "codes":
+            return "codes"
+        case "linear", "pixels" if is_plain:
+            return "pixels"
+    return None
+
+
+def kind_for(state: Mapping[str, Tensor], config: Mapping[str, Any], *, head: str | None) -> Kind:
     """The class that expresses a network of mpm.
 
     Args:
         state: its weights.
         config: facts as `load_official` gives them.
+        head: see `head_of`.
 
     Raises:
         ValueError: if there is none.
     """
-    backbone, readout, predictor = config["backbone"], config["readout"], config["predictor"]
+    backbone, readout = config["backbone"], config["readout"]
     _refuse(backbone, readout)
     bias = backbone["positions"]["bias"]
     is_classifier = "heads.0.weight" in state
-    kind = (predictor or {}).get("kind") if "predictor.head.weight" in state else None
     mean = readout is not None and readout["kind"] == "mean"
     has_two_tokens = backbone["distillation_token"] or backbone["registers"]
     is_square = config["image_size"][0] == config["image_size"][1] and len(set(backbone["patch_size"])) == 1
-    pixels = backbone["patch_size"][0] * backbone["patch_size"][1] * config["channels"]
-    is_pixels = kind == "linear" and len(state["predictor.head.weight"]) == pixels and bias == "none"
-    beit = bias != "none" or mean or (kind == "linear" and not is_pixels)
-    mae = kind == "decoder" or (config.get("family") == "transformers-vit_mae" and not is_classifier)
+    beit = bias != "none" or mean or head == "codes"
+    mae = head == "decoder" or (config.get("family") == "transformers-vit_mae" and not is_classifier)
     if (beit or mae) and has_two_tokens:
         raise ValueError(
             "transformers' BEiT and ViTMAE have no second prefix token; use --to timm or safetensors"
         )
-    if beit and kind == "decoder":
+    if beit and head == "decoder":
         raise ValueError("transformers' ViTMAE has no relative position bias; use --to safetensors")
-    if (beit or mae or kind) and not is_square:
+    if (beit or mae or head) and not is_square:
         name = "BEiT" if beit else "ViTMAE" if mae else "ViT for masked modelling"
         raise ValueError(
             f"transformers' {name} is right for square images and patches only, not {config['image_size']} "
             f"of {backbone['patch_size']}; use --to timm or safetensors"
         )
     if mae:
-        return KINDS["ViTMAEForPreTraining" if kind else "ViTMAEModel"]
+        return KINDS["ViTMAEForPreTraining" if head else "ViTMAEModel"]
     prefix = "Beit" if beit else "DeiT" if has_two_tokens else "ViT"
-    if kind:
+    if head:
         return KINDS[f"{prefix}ForMaskedImageModeling"]
     if not is_classifier:
         return KINDS[f"{prefix}Model"]

@@ -1,10 +1,11 @@
-"""Weights out of timm, by the name of a model."""
+"""Models of timm and their weights, by name."""
 
 import argparse
 import contextlib
+import difflib
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from safetensors import SafetensorError
 from mpm.interop.facts import check_facts
 from mpm.interop.files import Weights, read_json
 from mpm.interop.official import Official, official_of
-from mpm.interop.timm_twins import check_timm_architecture, check_timm_model
+from mpm.interop.timm_twins import check_timm_architecture, check_timm_arguments, check_timm_model
 
-__all__ = ["load_timm"]
+__all__ = ["create_timm", "load_timm"]
 
 # unknown names, missing or broken files, no connection, a file that would run code
 _NOT_HAD = (
@@ -36,25 +37,14 @@ def load_timm(name: str, *, image_size: tuple[int, int] | None = None) -> Offici
     """A pretrained model of timm, in mpm's form. No code of a file is run.
 
     Args:
-        name: as `timm.create_model` takes it: `deit3_small_patch16_224.fb_in1k`, `hf-hub:owner/name` or
-            `local-dir:FOLDER`. It may download.
+        name: see `create_timm`. It may download.
         image_size: height and width in pixels, where positions are to be resampled.
 
     Raises:
         ValueError: if timm has no such weights, they cannot be had, or would run code, or mpm does not know
             the architecture.
     """
-    import timm
-
-    try:
-        _check_config(name)
-        with _plain_tensors_only():
-            model: Any = timm.create_model(name, pretrained=True)
-    except _NOT_HAD as error:
-        reason = " ".join(str(error).split())
-        if "weights_only" in reason:  # torch's words, which advise to run it
-            reason = "their file would run code, and mpm reads plain tensors only"
-        raise ValueError(f"timm gives no weights for {name}: {reason}") from error
+    model = create_timm(name, check=check_timm_architecture)
     check_timm_model(model, name)
     first = model.blocks[0]
     attention = first.attn if hasattr(first, "attn") else first.attns[0].attn  # of the first parallel branch
@@ -65,11 +55,39 @@ def load_timm(name: str, *, image_size: tuple[int, int] | None = None) -> Offici
     return official_of(weights, heads=attention.num_heads, image_size=image_size)
 
 
-def _check_config(name: str) -> None:
-    """Whether the config.json of a folder or of the hub, which may be anyone's, says an architecture only.
+def create_timm(
+    name: str, *, check: Callable[[Mapping[str, Any]], None] = check_timm_arguments, **arguments: Any
+) -> Any:
+    """A pretrained model of timm, as timm makes it. No code of a file is run.
+
+    Args:
+        name: as `timm.create_model` takes it: `deit3_small_patch16_224.fb_in1k`, `hf-hub:owner/name` or
+            `local-dir:FOLDER`. It may download.
+        check: of the config.json of a folder or of the hub, which may be anyone's; raises ValueError.
+        arguments: of timm's class.
 
     Raises:
-        ValueError: if it does not, or mpm has not the architecture.
+        ValueError: if timm has no such weights, they cannot be had, or would run code, or config.json asks
+            for more than an architecture.
+    """
+    import timm
+
+    try:
+        _check_config(name, check)
+        with _plain_tensors_only():
+            return timm.create_model(name, pretrained=True, **arguments)
+    except _NOT_HAD as error:
+        reason = " ".join(str(error).split())
+        if "weights_only" in reason:  # torch's words, which advise to run it
+            reason = "their file would run code, and mpm reads plain tensors only"
+        raise ValueError(f"timm gives no weights for {name}: {reason}{_near(name)}") from error
+
+
+def _check_config(name: str, check: Callable[[Mapping[str, Any]], None]) -> None:
+    """Whether the config.json of a folder or of the hub says what mpm expects, and passes the check.
+
+    Raises:
+        ValueError: if it does not.
     """
     from timm.models import load_model_config_from_hf, parse_model_name
 
@@ -77,12 +95,24 @@ def _check_config(name: str) -> None:
     if source == "local-dir":
         facts = read_json(Path(place) / "config.json")
     elif source == "hf-hub":
-        pretrained_cfg, architecture, arguments = load_model_config_from_hf(place)
-        facts = {"architecture": architecture, "model_args": arguments, "pretrained_cfg": pretrained_cfg}
+        pretrained_cfg, architecture, model_args = load_model_config_from_hf(place)
+        facts = {"architecture": architecture, "model_args": model_args, "pretrained_cfg": pretrained_cfg}
     else:
         return
     check_facts(facts)
-    check_timm_architecture({"pretrained_cfg": {}} | facts)  # of old ones, the whole is it
+    check({"pretrained_cfg": {}} | facts)  # of old ones, the whole is it
+
+
+def _near(name: str) -> str:
+    """What may have been meant, where timm has no weights of that name."""
+    import timm
+
+    tagged = timm.list_models(pretrained=True)
+    known = list(dict.fromkeys([*(model.partition(".")[0] for model in tagged), *tagged]))
+    if ":" in name or name in known:
+        return ""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from mpm.interop.files import some
 
-__all__ = ["check_timm_architecture", "check_timm_model"]
+__all__ = ["check_timm_architecture", "check_timm_arguments", "check_timm_model"]
 
 _BLOCKS = ("Block", "ParallelThingsBlock", "LayerScaleBlock")
 _CLASSES = ("VisionTransformer", "VisionTransformerDistilled", "Beit", "Cait")
@@ -50,7 +50,7 @@ def check_timm_architecture(facts: Mapping[str, Any]) -> None:
         return
     import timm
 
-    _check_arguments(arguments)
+    check_timm_arguments(facts)
     classes = {"num_classes": facts["num_classes"]} if "num_classes" in facts else {}
     try:
         # others are read from a disk or the hub
@@ -67,12 +67,13 @@ def check_timm_architecture(facts: Mapping[str, Any]) -> None:
     check_timm_model(model, name)
 
 
-def _check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Whether they are an architecture and nothing else.
+def check_timm_arguments(facts: Mapping[str, Any]) -> None:
+    """Whether the model_args of a config.json of timm are an architecture and nothing else.
 
     Raises:
         ValueError: if they are more.
     """
+    arguments = facts.get("model_args") or {}
     if unknown := sorted(map(str, arguments.keys() - _ARGUMENTS)):
         raise ValueError(
             f"model_args of config.json has {some(unknown)}, which is no part of an architecture; take it out"

@@ -36,7 +36,8 @@ class Prototypes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[...,D] -> float32 [...,K] in [-1,1]."""
-        return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1)).float()
+        with torch.autocast(x.device.type, enabled=False):  # a temperature of 0.04 makes much of rounding
+            return F.linear(F.normalize(x.float(), dim=-1), F.normalize(self.weight.float(), dim=-1))
 
 
 class LatentPrediction(nn.Module):

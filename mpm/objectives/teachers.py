@@ -93,8 +93,10 @@ class NetworkTeacher(nn.Module):
         normalize: of the network.
         norm: of a `Backbone`'s last tokens; None: they stay as the last block leaves them.
             A model of timm that norms only what it has pooled (`fc_norm`) gets that norm on its patches.
+        dtype: of the network's matrix products, float32 or bfloat16, whatever autocast it is called under.
 
     Attributes:
+        channels: of the images that the network gets; grey ones are repeated.
         image_size: height and width in pixels that the network gets; None: those of the images.
 
     Raises:
@@ -108,10 +110,13 @@ class NetworkTeacher(nn.Module):
         grid: tuple[int, int],
         normalize: Normalize,
         norm: nn.Module | None = None,
+        dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         self.dim: int = network.dim if isinstance(network, Backbone) else network.num_features
+        self.channels = len(normalize.mean)
         self.grid = grid
+        self.dtype = dtype
         self._is_fitted = _takes_any_grid(network)
         self.image_size = _fit(network, grid) if self._is_fitted else _own_size(network)
         self.network: Any = network
@@ -131,7 +136,9 @@ class NetworkTeacher(nn.Module):
             images = F.interpolate(
                 images, self.image_size, mode="bicubic", align_corners=False, antialias=True
             ).clamp(0, 1)
-        features = self._features(self.normalize(images)).float()
+        enabled = self.dtype != torch.float32
+        with torch.autocast(images.device.type, dtype=self.dtype, enabled=enabled):
+            features = self._features(self.normalize(images)).float()
         if features.ndim == 3:  # [B,n,F], of the wanted patches or of the network's own
             if self._is_fitted:
                 return features

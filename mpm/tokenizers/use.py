@@ -1,11 +1,12 @@
 """How a tokenizer's codes are used: whether its codebook is healthy, and what its codes look like."""
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpm import distributed
 from mpm.patchify.patches import patchify, unpatchify
@@ -45,8 +46,15 @@ class CodeUse(NamedTuple):
         return float(self.counts.max() / self.counts.sum())
 
     def draw(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Codes int64 [B,N] as the mean patches that they stand for: [B,C,H,W] in [0,1]."""
-        return unpatchify(self.patches[codes], self.stride, grid=grid)
+        """Codes int64 [B,N] as the mean patches that they stand for: [B,C,H,W] in [0,1].
+
+        A code that does not occur is drawn as the mean of all patches.
+        """
+        overall = (self.counts / self.counts.sum()).to(self.patches.dtype) @ self.patches  # [F]
+        is_known = (self.counts > 0)[codes]  # [B,N]
+        return unpatchify(
+            torch.where(is_known[..., None], self.patches[codes], overall), self.stride, grid=grid
+        )
 
     def __str__(self) -> str:
         used, V = int((self.counts > 0).sum()), len(self.counts)
@@ -58,26 +66,33 @@ class CodeUse(NamedTuple):
 
 @torch.no_grad()
 def code_use(tokenizer: Tokenizer, batches: Iterable[Tensor]) -> CodeUse:
-    """Looks at images; every process gives its own, and all get the sum.
+    """Looks at images; every process gives its own, which may be none, and all get the sum.
 
     Args:
         tokenizer: in eval mode.
         batches: images float32 [B,C,H,W] in [0,1], on the tokenizer's device.
 
     Raises:
-        ValueError: if there are no images.
+        ValueError: if no process has images.
     """
     V, (height, width) = tokenizer.vocab_size, tokenizer.stride
-    sums: Tensor | None = None
+    F = height * width * tokenizer.channels
+    sums = torch.zeros(V, F + 1, dtype=torch.float64, device=_device(tokenizer))
     for images in batches:
         codes = tokenizer.encode(images).flatten()
         patches = patchify(images, tokenizer.stride).flatten(0, 1)  # [B*N,F]
         counted = torch.cat([patches, patches.new_ones(len(patches), 1)], dim=1).double()
-        if sums is None:
-            sums = counted.new_zeros(V, height * width * tokenizer.channels + 1)
         sums.index_add_(0, codes, counted)
-    if sums is None:
-        raise ValueError("no images were given to look at codes")
     sums = distributed.sum_over_ranks(sums)
     counts = sums[:, -1]
+    if not counts.any():
+        raise ValueError("no images were given to look at codes")
     return CodeUse(counts, (sums[:, :-1] / counts.clamp(min=1)[:, None]).float(), tokenizer.stride)
+
+
+def _device(tokenizer: Tokenizer) -> torch.device:
+    """Where it is; the CPU where it has no tensors."""
+    if isinstance(tokenizer, nn.Module):
+        for tensor in itertools.chain(tokenizer.buffers(), tokenizer.parameters()):
+            return tensor.device
+    return torch.device("cpu")

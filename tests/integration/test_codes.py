@@ -41,7 +41,7 @@ def stopped_and_not(config: PretrainConfig | TokenizerConfig, folder: Path) -> t
     return Path(config.run.output_dir), one_go
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", ["kmeans", "dvae", pytest.param("vqkd", marks=pytest.mark.slow)])
 def test_stopped_tokenizer_ends_as_an_uninterrupted_one(name: str, tmp_path: Path) -> None:
     """Codebook, its moving use and, of Gumbel noise, the generator included."""
     words = [*TOKENIZERS[name], "optim.steps=7", "run.micro_batch=16"]
@@ -49,7 +49,9 @@ def test_stopped_tokenizer_ends_as_an_uninterrupted_one(name: str, tmp_path: Pat
     assert_identical(everything_saved(stopped), everything_saved(one_go))
 
 
-@pytest.mark.parametrize("name", ["beit", "beitv2", "hog", "latent"])
+@pytest.mark.parametrize(
+    "name", ["beit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("beitv2", "hog")), "latent"]
+)
 def test_stopped_objective_ends_as_an_uninterrupted_one(name: str, tokenizers: Path, tmp_path: Path) -> None:
     words = {
         "beit": codes_of(tokenizers / "dvae"),
@@ -79,7 +81,9 @@ def test_checkpoint_is_the_tokenizer_that_was_trained(name: str, tokenizers: Pat
     assert torch.equal(torch.cat([tokenizer.encode(image[None]) for image in images]), codes)
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize(
+    "name", ["kmeans", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dvae", "vqkd"))]
+)
 def test_beit_starts_at_the_logarithm_of_the_number_of_codes_and_learns(
     name: str, tokenizers: Path, tmp_path: Path
 ) -> None:
