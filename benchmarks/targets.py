@@ -61,12 +61,12 @@ DATA = {
         view={"image_size": 64, "channels": 3, "mean": "measured", "std": "measured"},
         train={"kind": "folder", "root": "data/clipart/train"},
         test={"kind": "folder", "root": "data/clipart/test"},
-        patch_size=8,
-        mae_ratio=0.75,
-        dvae_view=64,
-        labels=None,
-        pretrain_steps=700,
-        finetune_steps=400,
+        patch_size=16,
+        mae_ratio=0.6,
+        dvae_view=32,
+        labels={"count": 1000},
+        pretrain_steps=2000,
+        finetune_steps=800,
     ),
 }
 SMALL = {"dim": 64, "depth": 4, "heads": 2}
@@ -281,7 +281,7 @@ def grid_more(seeds: int) -> Iterator[Cell]:
 
 
 def grid_stems(seeds: int) -> Iterator[Cell]:
-    """In colour, a patch of 8 being large enough for a hierarchy; those with hMLP are cells of `targets`."""
+    """In colour, a patch of 16 having the hierarchy of the paper; those with hMLP are cells of `targets`."""
     for seed in range(seeds):
         for method in ("scratch", "beit:vqkd"):
             for stem in STEMS:

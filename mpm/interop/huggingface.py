@@ -236,8 +236,8 @@ def to_transformers(
     head = head_of(state, config, target=target)
     notes = []
     if head is None and "predictor.head.weight" in state:
-        kept = ("backbone.", "predictor.norm.")
-        state = {name: tensor for name, tensor in state.items() if name.startswith(kept)}
+        norm = "predictor.norm."
+        state = {n: t for n, t in state.items() if n.startswith(norm) or not n.startswith("predictor.")}
         config = {**config, "predictor": None}
         notes.append("What predicted hidden patches is left out: transformers has no such head.")
     kind = kind_for(state, config, head=head)

@@ -24,8 +24,8 @@ class Subject(NamedTuple):
         classes: names of the classes; none where they are not known.
         source: where it came from, for people.
         training: what transformers' config.json says of its pretraining: mask_ratio, norm_pix_loss.
-        target: what the predictor predicts: "pixels", "codes", "hog" or "latent"; None: it is not known, as of
-            published weights.
+        target: what the predictor predicts: "pixels", "codes", "hog" or "latent"; None: it is not known, as
+            of published weights.
     """
 
     config: Mapping[str, Any]

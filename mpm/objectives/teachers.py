@@ -4,6 +4,7 @@ A teacher has `dim`, the width F of its features, and is called with images floa
 gives float32 [B,N,F], one vector for each patch of the wanted grid, row-major.
 """
 
+import contextlib
 import math
 from typing import Any, Protocol, Self
 
@@ -93,7 +94,7 @@ class NetworkTeacher(nn.Module):
         normalize: of the network.
         norm: of a `Backbone`'s last tokens; None: they stay as the last block leaves them.
             A model of timm that norms only what it has pooled (`fc_norm`) gets that norm on its patches.
-        dtype: of the network's matrix products, float32 or bfloat16, whatever autocast it is called under.
+        dtype: of the network's matrix products, float32, or bfloat16 by autocast.
 
     Attributes:
         channels: of the images that the network gets; grey ones are repeated.
@@ -136,8 +137,7 @@ class NetworkTeacher(nn.Module):
             images = F.interpolate(
                 images, self.image_size, mode="bicubic", align_corners=False, antialias=True
             ).clamp(0, 1)
-        enabled = self.dtype != torch.float32
-        with torch.autocast(images.device.type, dtype=self.dtype, enabled=enabled):
+        with self._precision(images.device):
             features = self._features(self.normalize(images)).float()
         if features.ndim == 3:  # [B,n,F], of the wanted patches or of the network's own
             if self._is_fitted:
@@ -147,6 +147,11 @@ class NetworkTeacher(nn.Module):
         if features.shape[2:] != self.grid:
             features = F.interpolate(features, self.grid, mode="bilinear", align_corners=False)
         return rearrange(features, "b f h w -> b (h w) f")
+
+    def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=self.dtype)
 
     def _features(self, images: Tensor) -> Tensor:
         """Tokens [B,n,F] or a map [B,F,h,w]."""
