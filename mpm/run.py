@@ -233,7 +233,7 @@ class Run:
             return 0, {}
         saved = checkpoint.load(self.resumes_from)
         for name, now in data.items():
-            if (then := saved.metadata["data"][name]) != now:
+            if (then := saved.metadata["data"].get(name)) != now:
                 raise ValueError(
                     f"{name} is not what it was when {self.folder} began: {_shortened(now)}, "
                     f"not {_shortened(then)}; restore what was, or choose another run.output_dir"

@@ -142,7 +142,7 @@ class _Read(NamedTuple):
 def _network_teacher(source: str, grid: tuple[int, int], *, dtype: torch.dtype) -> _Read:
     """Any model of timm with its published weights, or the backbone of a checkpoint, on a grid."""
     if source.startswith(TIMM):
-        network = create_timm(source.removeprefix(TIMM), num_classes=0)
+        network = create_timm(source.removeprefix(TIMM))
         identity = digest(network)
         published = network.pretrained_cfg
         normalize = Normalize(published["mean"], published["std"])

@@ -5,12 +5,15 @@ r"""Copies a folder of images, small, once each, split into train and test, so t
 
 Every folder directly below SOURCE is a class. Transparent pixels become white. Images whose small copies are
 the same are kept once, so that no test image is among the training images; which part an image belongs to
-depends on its pixels alone. Writes TARGET/train/CLASS/*.png and TARGET/test/CLASS/*.png.
+depends on its pixels alone. Writes TARGET/train/CLASS/*.png and TARGET/test/CLASS/*.png, once all are made;
+a part without images is not there.
 """
 
 import argparse
 import hashlib
+import shutil
 import sys
+import warnings
 from pathlib import Path
 
 from PIL import Image
@@ -39,11 +42,13 @@ def main() -> int:
     parser.add_argument("--min-images", type=int, default=1, help="smaller classes are left out")
     parser.add_argument("--leave-out", nargs="*", default=[], metavar="CLASS")
     options = parser.parse_args()
-    if (options.target / "train").exists():
+    if options.target.exists() and any(options.target.iterdir()):
         print(f"{options.target} is there already; nothing to do")
         return 0
 
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of twice as many pixels, it is an error
     partial = options.target.with_name(f"{options.target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed, maybe with other options
     seen: set[str] = set()
     broken = 0
     for folder in sorted(path for path in options.source.iterdir() if path.is_dir()):
@@ -69,10 +74,9 @@ def main() -> int:
         print(f"{folder.name}: {counts['train']} to train, {counts['test']} to test of {len(files)} files")
     if not seen:
         sys.exit(f"{options.source} holds no image in folders of at least {options.min_images}")
-    for part in ("train", "test"):
-        options.target.mkdir(parents=True, exist_ok=True)
-        (partial / part).rename(options.target / part)
-    partial.rmdir()
+    if options.target.exists():
+        options.target.rmdir()
+    partial.rename(options.target)
     print(f"{len(seen)} images in {options.target}; {broken} could not be read")
     return 0
 

@@ -55,16 +55,13 @@ def load_timm(name: str, *, image_size: tuple[int, int] | None = None) -> Offici
     return official_of(weights, heads=attention.num_heads, image_size=image_size)
 
 
-def create_timm(
-    name: str, *, check: Callable[[Mapping[str, Any]], None] = check_timm_arguments, **arguments: Any
-) -> Any:
+def create_timm(name: str, *, check: Callable[[Mapping[str, Any]], None] = check_timm_arguments) -> Any:
     """A pretrained model of timm, as timm makes it. No code of a file is run.
 
     Args:
         name: as `timm.create_model` takes it: `deit3_small_patch16_224.fb_in1k`, `hf-hub:owner/name` or
             `local-dir:FOLDER`. It may download.
         check: of the config.json of a folder or of the hub, which may be anyone's; raises ValueError.
-        arguments: of timm's class.
 
     Raises:
         ValueError: if timm has no such weights, they cannot be had, or would run code, or config.json asks
@@ -75,7 +72,7 @@ def create_timm(
     try:
         _check_config(name, check)
         with _plain_tensors_only():
-            return timm.create_model(name, pretrained=True, **arguments)
+            return timm.create_model(name, pretrained=True)
     except _NOT_HAD as error:
         reason = " ".join(str(error).split())
         if "weights_only" in reason:  # torch's words, which advise to run it

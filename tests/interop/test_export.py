@@ -13,15 +13,17 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from mpm.backbones.classifier import Classifier
-from mpm.backbones.create import create_backbone, create_readout
+from mpm.backbones.create import create_backbone, create_blocks, create_readout
 from mpm.commands.exporting import subject_of
 from mpm.imported import write_imported
 from mpm.interop import load_official
 from mpm.interop.export import FORMATS, export, load_network
 from mpm.interop.inference import Inference, Subject, Written, inference_of
 from mpm.network import load
-from mpm.objectives.predictors import DecoderPredictor, LinearPredictor
+from mpm.objectives.predictors import ClassPretrainingPredictor, DecoderPredictor, LinearPredictor
+from mpm.pretraining import pretrain
 from mpm.variants import Architecture
+from tests.integration.settings import pretrain_config
 from tests.networks import randomize
 
 CLASSES = ("ape", "bee", "cat", "dog", "elk")
@@ -37,6 +39,7 @@ def subject(
     image_size: tuple[int, int] = (16, 16),
     channels: int = 3,
     out_dim: int = 48,
+    target: str | None = None,
     **changes: Any,
 ) -> Subject:
     """A tiny network with random weights: a classifier, or with `readout` None, a pretrained one."""
@@ -55,9 +58,12 @@ def subject(
         head: Any = LinearPredictor(backbone.dim, out_dim)
         if predictor and predictor["kind"] == "decoder":
             head = DecoderPredictor(backbone.dim, out_dim, grid=backbone.grid, width=8, depth=1, num_heads=2)
+        elif predictor and predictor["kind"] == "class_pretraining":
+            blocks = create_blocks(architecture._replace(depth=1))
+            head = ClassPretrainingPredictor(backbone.dim, out_dim, blocks=blocks, early_layer=1)
         state = {f"backbone.{name}": tensor for name, tensor in randomize(backbone).state_dict().items()}
         state |= {f"predictor.{name}": tensor for name, tensor in randomize(head).state_dict().items()}
-    return Subject(config, state, CLASSES if readout else (), "runs/tiny, step 7")
+    return Subject(config, state, CLASSES if readout else (), "runs/tiny, step 7", target=target)
 
 
 def images_for(exported: Subject, count: int = 4) -> Tensor:
@@ -217,6 +223,53 @@ def test_transformers_gives_the_features_of_what_was_pretrained(
     assert config["architectures"] == [name]
     if name.startswith("ViTMAE"):
         assert (config["norm_pix_loss"], config["mask_ratio"]) == (True, 0.6)
+
+
+LINEAR, DECODER = {"kind": "linear"}, {"kind": "decoder", "dim": 8, "depth": 1, "heads": 2}
+CLASS_PRETRAINING = {"kind": "class_pretraining", "early_layer": 1, "depth": 1}
+BIAS = {"positions": {"table": "none", "bias": "shared"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"predictor": LINEAR, "target": "pixels"}, "ViTForMaskedImageModeling"),
+        ({"predictor": DECODER, "target": "pixels"}, "ViTMAEForPreTraining"),
+        ({"predictor": LINEAR, "target": "codes"} | BIAS, "BeitForMaskedImageModeling"),
+        ({"predictor": LINEAR, "target": "codes", "out_dim": 11}, "BeitForMaskedImageModeling"),
+        # as many codes as a patch has values
+        ({"predictor": LINEAR, "target": "codes", "out_dim": 48}, "BeitForMaskedImageModeling"),
+        ({"predictor": LINEAR, "target": "pixels"} | BIAS, "BeitModel"),
+        ({"predictor": LINEAR, "target": "hog", "out_dim": 48}, "ViTModel"),
+        ({"predictor": LINEAR, "target": "hog", "out_dim": 108} | BIAS, "BeitModel"),
+        ({"predictor": LINEAR, "target": "latent", "out_dim": 16}, "ViTModel"),
+        ({"predictor": DECODER, "target": "codes", "out_dim": 11}, "ViTModel"),
+        ({"predictor": DECODER, "target": "hog", "out_dim": 48}, "ViTModel"),
+        ({"predictor": CLASS_PRETRAINING, "target": "codes", "out_dim": 11}, "ViTModel"),
+        ({"predictor": CLASS_PRETRAINING, "target": "codes", "out_dim": 11} | BIAS, "BeitModel"),
+        (
+            {"predictor": CLASS_PRETRAINING, "target": "pixels", "distillation_token": True},
+            "DeiTModel",
+        ),
+    ],
+)
+def test_transformers_gets_a_predictor_only_where_it_has_such_a_head(
+    changes: dict[str, Any], name: str, tmp_path: Path
+):
+    pretrained = subject(readout=None, layer_scale=0.1, **changes)
+    exported = export(pretrained, tmp_path / "network", to="transformers")
+    assert exported.relative <= 1e-5
+    config = json.loads((exported.path / "config.json").read_text())
+    assert config["architectures"] == [name]
+    is_left_out = "What predicted hidden patches is left out" in exported.card.read_text()
+    assert is_left_out == name.endswith("Model")
+
+
+def test_pixels_of_simmims_published_weights_are_no_codes(tmp_path: Path):
+    published = subject(readout=None, predictor=LINEAR, **BIAS)
+    published = published._replace(config={**published.config, "family": "simmim"})
+    exported = export(published, tmp_path / "network", to="transformers")
+    assert json.loads((exported.path / "config.json").read_text())["architectures"] == ["BeitModel"]
 
 
 # Files
@@ -411,6 +464,18 @@ def test_exported_run_is_the_network_that_mpm_runs(finetuned: Path, pretrained: 
     assert torch.equal(inference_of(encoder)(images), load(pretrained).features(images))
     assert encoder.config["predictor"]["kind"] == "decoder"
     assert encoder.training == {"mask_ratio": 0.75, "norm_pix_loss": True}
+    assert (encoder.target, classifier.target) == ("pixels", None)
+
+
+@pytest.mark.parametrize("target", ["hog", "latent"])
+def test_exported_run_tells_what_was_predicted(target: str, tmp_path: Path):
+    words = ["objective.predictor={kind: decoder, dim: 8, depth: 1, heads: 2}", "optim.steps=1"]
+    words += [f"objective.target={{kind: {target}}}", "optim.warmup_steps=0"]
+    pretrain(pretrain_config(tmp_path / "run", *words))
+    given = subject_of(tmp_path / "run")
+    assert (given.target, given.training) == (target, {})
+    exported = export(given, tmp_path / "network", to="transformers")
+    assert json.loads((exported.path / "config.json").read_text())["architectures"] == ["ViTModel"]
 
 
 def test_imported_weights_go_out_as_they_came_in(tmp_path: Path):

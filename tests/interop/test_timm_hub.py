@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from mpm.interop.timm_hub import load_timm
+from mpm.interop.timm_hub import create_timm, load_timm
 from tests.interop.published import CASES, CLASSES, HEADS, SIDE, SIZES, published
 
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -63,9 +64,21 @@ def test_positions_are_resampled_from_the_grid_of_the_model(tmp_path: Path) -> N
     assert official.report.resized == ("pos_embed",)
 
 
+def test_a_network_that_mpm_has_not_is_made_with_its_weights(tmp_path: Path) -> None:
+    trained = timm.create_model("test_resnet.r160_in1k", pretrained=False)
+    save_file(trained.state_dict(), tmp_path / "model.safetensors")
+    facts = {"architecture": "test_resnet", "num_classes": 1000, "pretrained_cfg": {"num_classes": 1000}}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    state = create_timm(f"local-dir:{tmp_path}").state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in trained.state_dict().items())
+    with pytest.raises(ValueError, match="is timm's ResNet; of timm's networks mpm has"):
+        load_timm(f"local-dir:{tmp_path}")
+
+
+@pytest.mark.parametrize("read", [load_timm, create_timm])
 @pytest.mark.parametrize("as_old_timm", [False, True])
 def test_a_file_that_would_run_code_is_refused_and_not_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_old_timm: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_old_timm: bool, read: Callable[[str], Any]
 ) -> None:
     """timm 1.0.22 loads with weights_only=False."""
     bait = tmp_path / "ran"
@@ -77,7 +90,7 @@ def test_a_file_that_would_run_code_is_refused_and_not_run(
         loader = functools.partial(builder.load_state_dict_from_path, weights_only=False)
         monkeypatch.setattr(builder, "load_state_dict_from_path", loader)
     with pytest.raises(ValueError, match="would run code, and mpm reads plain tensors only") as error:
-        load_timm(f"local-dir:{folder}")
+        read(f"local-dir:{folder}")
     assert "\n" not in str(error.value)
     assert not bait.exists()
     if as_old_timm:  # it is the variable that keeps it from running
@@ -116,13 +129,14 @@ def test_a_config_that_says_more_than_an_architecture_is_refused(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("read", [load_timm, create_timm])
 def test_the_config_of_the_hub_is_checked_before_its_weights_are_fetched(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, read: Callable[[str], Any]
 ) -> None:
     facts: Any = ({}, "vit_tiny_patch16_224", {"checkpoint_path": "evil.pth"})
     monkeypatch.setattr(timm.models, "load_model_config_from_hf", lambda name: facts)
     with pytest.raises(ValueError, match="has checkpoint_path, which is no part"):
-        load_timm("hf-hub:someone/evil")
+        read("hf-hub:someone/evil")
 
 
 @pytest.mark.parametrize("name", ["vit_of_tomorrow", "local-dir:nowhere", "swift:x/y"])
@@ -130,3 +144,11 @@ def test_what_timm_has_not_is_told_in_one_line(name: str) -> None:
     with pytest.raises(ValueError, match=f"timm gives no weights for {name}") as error:
         load_timm(name)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("resnet5O", "resnet50"), ("vit_base_patch16_224.mea", "vit_base_patch16_224.mae")]
+)
+def test_near_names_are_told_of_one_that_timm_has_not(name: str, near: str) -> None:
+    with pytest.raises(ValueError, match=rf"timm gives no weights for {name}: .*; did you mean {near} or "):
+        create_timm(name)

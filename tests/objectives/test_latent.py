@@ -211,6 +211,14 @@ def test_prototypes_are_directions() -> None:
     torch.testing.assert_close(prototypes(3 * x), found)
 
 
+def test_prototypes_are_compared_in_float32_under_autocast() -> None:
+    prototypes, x = Prototypes(64, 6), torch.randn(5, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = prototypes(x)
+    assert torch.equal(found, prototypes(x))
+    assert found.dtype == torch.float32
+
+
 class Batch(NamedTuple):
     images: Tensor
     mask: PatchMask

@@ -153,8 +153,23 @@ def test_a_teacher_stays_as_it_is() -> None:
     assert all(torch.equal(old, new) for old, new in zip(before, teacher.buffers(), strict=True))
 
 
+@pytest.mark.parametrize("create", [VITS["class token"], lambda: randomize(make_backbone(grid=(4, 4)))])
+def test_matrix_products_have_the_wanted_precision_and_features_are_float32(create) -> None:
+    network, images = create().eval(), images_of(16, 16)
+    exact, quick = (
+        NetworkTeacher(network, grid=(4, 4), normalize=NORMALIZE, dtype=dtype)(images)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = NetworkTeacher(network, grid=(4, 4), normalize=NORMALIZE)(images)
+    assert exact.dtype == quick.dtype == torch.float32
+    assert torch.equal(quick, expected)
+    assert 0 < (quick - exact).abs().max() < 0.05 * exact.abs().max()  # bfloat16 has 8 bits
+
+
 def test_grey_images_become_what_the_teacher_knows() -> None:
     teacher = NetworkTeacher(resnet(), grid=(2, 2), normalize=NORMALIZE)
+    assert teacher.channels == 3
     grey = images_of(64, 64, channels=1)
     torch.testing.assert_close(teacher(grey), teacher(grey.expand(-1, 3, -1, -1)), **CLOSE)
 

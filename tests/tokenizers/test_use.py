@@ -1,12 +1,20 @@
-"""How codes are used, against counting by hand."""
+"""How codes are used, against counting by hand.
+
+Started by torchrun, this file is the program one of whose two processes has no images.
+"""
 
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from mpm import distributed
 from mpm.tokenizers.use import CodeUse, code_use
 
 
@@ -64,6 +72,46 @@ def test_live_share_perplexity_and_frequent_share(
     assert use.frequent_share == pytest.approx(frequent)
 
 
+def test_codes_that_do_not_occur_are_drawn_as_the_mean_of_all_patches() -> None:
+    images = torch.rand(5, 1, 4, 8)
+    use = code_use(ByBrightness(), images.split(2))
+    assert use.counts[5] == 0
+    drawn = use.draw(torch.tensor([[5, 5]]), (2, 1))
+    torch.testing.assert_close(
+        drawn[0, 0, 2:], images.unflatten(3, (2, 4)).unflatten(2, (2, 2)).mean((0, 1, 2, 4))
+    )
+
+
 def test_no_images_are_an_error() -> None:
     with pytest.raises(ValueError, match="no images"):
         code_use(ByBrightness(), [])
+
+
+@pytest.mark.torchrun
+def test_a_process_without_images_takes_part() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "--module", "tests.tokenizers.test_use"],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def compare_with_one_process() -> None:
+    """The first has all images, the other none; then neither has one."""
+    images = torch.rand(3, 1, 4, 8, generator=torch.Generator().manual_seed(0))
+    use = code_use(ByBrightness(), [images] if distributed.is_main() else [])
+    assert torch.equal(use.counts, torch.bincount(ByBrightness().encode(images).flatten(), minlength=6))
+    with pytest.raises(ValueError, match="no images"):
+        code_use(ByBrightness(), [])
+
+
+if __name__ == "__main__":
+    distributed.start("cpu", threads=1, timeout_s=60)
+    compare_with_one_process()
+    distributed.stop()
