@@ -69,6 +69,10 @@ TRUNKS = {
 STEMS = {"linear": "backbone.stem.kind=linear", "hmlp": HMLP % "batch", "conv": CONV % "batch"}
 
 
+# A token half-way between two codes takes the other one, which moves both codes and the gradient a little.
+RTOL_OF_CODES = 0.05
+
+OF_A_PART = ("train/perplexity", "train/codes_used")
 NAMES = (*PRETRAININGS, *CODES, *TARGETS, "kmeans", "vqkd", "fine-tuning")
 
 
@@ -94,8 +98,9 @@ def assert_same_training(a: Path, b: Path, *, rtol: float = RTOL) -> None:
     left, right = metrics(a), metrics(b)
     assert len(left) == len(right) >= 6
     for ours, theirs in zip(left, right, strict=True):
-        # no probes: the spread of features that are almost alike is a small difference of large numbers
-        names = [name for name in ours if not name.startswith("probe/")]
+        # no probes: the spread of features that are almost alike is a small difference of large numbers;
+        # the perplexity of a part of the batch is not that of the whole
+        names = [name for name in ours if not name.startswith(("probe/", *OF_A_PART))]
         assert {name: ours[name] for name in names} == pytest.approx(
             {name: theirs[name] for name in names}, rel=rtol
         )
@@ -104,7 +109,7 @@ def assert_same_training(a: Path, b: Path, *, rtol: float = RTOL) -> None:
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
             # a bias starts at 0 and some of its elements stay near it: relative to the largest
-            atol = rtol * float(tensor.abs().max())
+            atol = rtol * float(tensor.double().abs().max())
             torch.testing.assert_close(
                 tensor, theirs[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
             )
@@ -133,7 +138,7 @@ def on_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_equal_one(name: str, on_two_processes: Path, tmp_path: Path) -> None:
     train(name, tmp_path, tokenizer=on_two_processes / "tokenizer")
-    rtol = RTOL_OVER_PLACES if "conv" in name else RTOL
+    rtol = {"vqkd": RTOL_OF_CODES}.get(name, RTOL_OVER_PLACES if "conv" in name else RTOL)
     assert_same_training(on_two_processes / name, tmp_path, rtol=rtol)
     if name == "fine-tuning":
         ours, theirs = (
