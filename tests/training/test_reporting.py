@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ def test_a_window_cut_by_a_resume_has_the_same_mean(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"step": 3, "train/lo', b'{"step": 3}', b"\n", b"3\n", b"\xff\n"])
-def test_resume_cuts_later_and_torn_lines(torn: bytes, tmp_path: Path) -> None:
+def test_resume_cuts_later_and_torn_lines(
+    torn: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reporter = reporter_at(tmp_path)
     reporter.resume(0)
     for step in (2, 4, 6):
@@ -101,6 +104,9 @@ def test_resume_cuts_later_and_torn_lines(torn: bytes, tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(file.read_bytes() + torn)
 
+    # TensorBoard reads the files of one second by a counter in their names, the 100th before the 99th
+    now = time.time()
+    monkeypatch.setattr("time.time", lambda: now + 2)
     resumed = reporter_at(tmp_path)
     resumed.resume(4)
     resumed.scalars(6, {"x": 0.5})
