@@ -22,7 +22,22 @@ def keys_of(text: str) -> list[tuple[int, str]]:
     return [(match.start(), match[0]) for match in KEY.finditer(text) if match.start() > body]
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
+LIKE_OTHERS = (
+    "vitl_",
+    "vith_",
+    "cait_",
+    "vitb_18x2",
+    "vitb_beit",
+    "quickstart/clipart",
+    "quickstart/fashion",
+)
+SOME = [
+    pytest.param(path, marks=pytest.mark.slow) if name_of(path).startswith(LIKE_OTHERS) else path
+    for path in FILES
+]
+
+
+@pytest.mark.parametrize("path", SOME, ids=lambda path: name_of(path))
 def test_flipped_letter_in_any_key_is_found_and_the_key_named(path: Path, tmp_path: Path) -> None:
     text = path.read_text()
     lines = parse(text).lines

@@ -41,7 +41,9 @@ def stopped_and_not(config: PretrainConfig | TokenizerConfig, folder: Path) -> t
     return Path(config.run.output_dir), one_go
 
 
-@pytest.mark.parametrize("name", ["kmeans", "dvae", pytest.param("vqkd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["kmeans", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dvae", "vqkd"))]
+)
 def test_stopped_tokenizer_ends_as_an_uninterrupted_one(name: str, tmp_path: Path) -> None:
     """Codebook, its moving use and, of Gumbel noise, the generator included."""
     words = [*TOKENIZERS[name], "optim.steps=7", "run.micro_batch=16"]
@@ -50,7 +52,7 @@ def test_stopped_tokenizer_ends_as_an_uninterrupted_one(name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "name", ["beit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("beitv2", "hog")), "latent"]
+    "name", ["beit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("beitv2", "hog", "latent"))]
 )
 def test_stopped_objective_ends_as_an_uninterrupted_one(name: str, tokenizers: Path, tmp_path: Path) -> None:
     words = {

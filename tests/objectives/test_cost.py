@@ -17,7 +17,7 @@ TRUNKS = {
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("stem", ["linear", "hmlp-all", "hmlp-visible", "conv-layer"])
 @pytest.mark.parametrize("trunk", TRUNKS)
-@pytest.mark.parametrize("method", ["mae", "simmim", "beitv2"])
+@pytest.mark.parametrize("method", ["mae", "simmim", pytest.param("beitv2", marks=pytest.mark.slow)])
 def test_masked_objectives_cost_what_torch_counts(method: str, trunk: str, stem: str, training: bool) -> None:
     objective = randomize(make_masked(method, make_backbone(stem, **TRUNKS[trunk]))).train(training)
     if method == "beitv2" and not objective.backbone.num_prefix:
