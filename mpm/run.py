@@ -234,8 +234,10 @@ class Run:
         saved = checkpoint.load(self.resumes_from)
         for name, now in data.items():
             if (then := saved.metadata["data"].get(name)) != now:
+                of_data = name in ("images", "classes")
+                what = f"the training data has other {name}" if of_data else f"there is another {name}"
                 raise ValueError(
-                    f"{name} is not what it was when {self.folder} began: {_shortened(now)}, "
+                    f"{what} than when {self.folder} began: {_shortened(now)}, "
                     f"not {_shortened(then)}; restore what was, or choose another run.output_dir"
                 )
         state = checkpoint.load_train_state(self.resumes_from)

@@ -1,6 +1,7 @@
 """Tokenizers are trained and BEiT learns their codes: whole runs, and what they refuse."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,16 @@ def test_number_of_codes_fits_the_data(tmp_path: Path) -> None:
     assert build.default_codes(1_281_167, 196) == 8192
     pretrain(tokenizer_config(tmp_path, "objective.codes=null", "optim.steps=1"))
     assert read_tokenizer(tmp_path).vocab_size == 64  # 256 images of 64 patches
+
+
+def test_other_tokenizer_in_the_same_folder_is_noticed(tmp_path: Path) -> None:
+    pretrain(tokenizer_config(tmp_path / "tokenizer", "optim.steps=1"))
+    run = pretrain_config(tmp_path / "run", *codes_of(tmp_path / "tokenizer"), "optim.steps=6")
+    pretrain(run, stop_after=1)
+    shutil.rmtree(tmp_path / "tokenizer")
+    pretrain(tokenizer_config(tmp_path / "tokenizer", "optim.steps=1", "seed=1"))
+    with pytest.raises(ValueError, match="there is another tokenizer than when"):
+        pretrain(run)
 
 
 # Refusals

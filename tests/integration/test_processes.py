@@ -108,6 +108,8 @@ def assert_same_training(a: Path, b: Path, *, rtol: float = RTOL) -> None:
     for ours, theirs in ((left.model, right.model), (left.ema or {}, right.ema or {})):
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
+            if rtol == RTOL_OF_CODES and name.endswith("codebook.idle"):
+                continue  # since when a code was not chosen: all or nothing
             # a bias starts at 0 and some of its elements stay near it: relative to the largest
             atol = rtol * float(tensor.double().abs().max())
             torch.testing.assert_close(
