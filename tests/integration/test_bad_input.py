@@ -122,7 +122,7 @@ def test_run_is_not_continued_on_other_images(commands: CommandLine, tmp_path: P
     ended = pretrain_on(commands, images, tmp_path / "run", "monitor.images=0")
     assert ended.status == 2
     assert "the training data has other images than when" in ended.complaint
-    assert "39, not 40; restore them, or choose another run.output_dir" in ended.complaint
+    assert "39, not 40; restore what was, or choose another run.output_dir" in ended.complaint
 
 
 @pytest.mark.slow
