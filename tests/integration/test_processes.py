@@ -210,9 +210,9 @@ def without_gradient(config: PretrainConfig) -> list[str]:
 def main(folder: Path) -> None:
     for name in NAMES:
         train(name, folder / name, tokenizer=folder / "tokenizer")
-    pretrain(
-        tokenizer_config(folder / "dvae", *TOKENIZERS["dvae"], "optim.steps=3")
-    )  # DDP sees each gradient
+    # their noise, and tokens half-way between two codes, differ; DDP asks for every gradient
+    for name in ("dvae", "vqkd"):
+        pretrain(tokenizer_config(folder / name, *TOKENIZERS[name], "optim.steps=3"))
     distributed.start("cpu", threads=1)
     for method, method_words in METHODS.items():
         for trunk, trunk_words in TRUNKS.items():
