@@ -1,0 +1,124 @@
+"""Optimizer and schedule, and what is said about them."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpm import config as cfg
+from mpm import distributed
+from mpm.objectives.supervised import Classification
+from mpm.training.optimizer import create_adamw, parameter_groups
+from mpm.training.schedule import cosine, multistep
+
+
+class Schedule:
+    """Steps of the run and the rate of each.
+
+    Args:
+        config: durations in epochs or steps.
+        num_images: of the training data.
+
+    Attributes:
+        steps: of the whole run.
+        per_epoch: a batch that is larger than the data is an epoch.
+    """
+
+    def __init__(self, config: cfg.Optim, num_images: int):
+        self.per_epoch = max(1, num_images // config.batch_size)
+        self.steps = config.steps or max(1, round((config.epochs or 0) * self.per_epoch))
+        warmup = config.warmup_steps
+        if warmup is None:
+            warmup = round(config.warmup_epochs * self.per_epoch)
+        shape = config.schedule
+        match shape:
+            case cfg.CosineSchedule():
+                self.lr_at = cosine(
+                    peak=config.lr,
+                    steps=self.steps,
+                    warmup_steps=warmup,
+                    final=shape.final,
+                    start=shape.start,
+                )
+            case cfg.MultistepSchedule():
+                self.lr_at = multistep(
+                    peak=config.lr,
+                    steps=self.steps,
+                    warmup_steps=warmup,
+                    milestones=[round(epoch * self.per_epoch) for epoch in shape.milestones],
+                    factor=shape.factor,
+                    start=shape.start,
+                )
+
+
+def optimizer(
+    config: cfg.PretrainOptim | cfg.TokenizerOptim | cfg.FinetuneOptim, module: nn.Module
+) -> torch.optim.Optimizer | None:
+    """Fused AdamW over groups by layer and decay; None where gradients train nothing (k-means)."""
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        return None
+    layers: dict[str, Any] = {}
+    decayed: set[str] = set()
+    if isinstance(config, cfg.FinetuneOptim):
+        assert isinstance(module, Classification)
+        network = module.classifier
+        layers = {
+            "layer_of": lambda name: network.layer_of(name.removeprefix("classifier.")),
+            "num_layers": network.backbone.depth + 1,
+            "layer_decay": config.layer_decay,
+        }
+    elif isinstance(config, cfg.PretrainOptim):
+        names = {"mask": {"mask_token", "encoder_mask_token"}, "prefix": {"prefix_tokens"}}
+        decayed = set().union(*(names[kind] for kind in config.decay_tokens))
+    tokens = ("mask_token", "encoder_mask_token", "prefix_tokens", "tokens")  # `tokens`: of class attention
+    groups = parameter_groups(
+        module,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        decayed=decayed,
+        undecayed={*tokens, "table"}
+        - decayed,  # `table`: learned positions; relative biases decay, as in BEiT
+        **layers,
+    )
+    return create_adamw(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def dtype(config: cfg.Optim) -> torch.dtype:
+    """Of autocast."""
+    return torch.bfloat16 if config.dtype == "bf16" else torch.float32
+
+
+def accumulation(config: cfg.PretrainConfig | cfg.TokenizerConfig | cfg.FinetuneConfig) -> int:
+    """Micro-batches of a step on each process."""
+    share = config.optim.batch_size // distributed.world_size()
+    return share // (config.run.micro_batch or share)
+
+
+def parameters(module: nn.Module) -> str:
+    """How many parameters are trained, and how many of them are the backbone's."""
+    whole, trunk = (
+        sum(parameter.numel() for parameter in part.parameters() if parameter.requires_grad)
+        for part in (module, module.get_submodule("backbone"))
+    )
+    return f"{whole:,}, of them {trunk:,} in the backbone"
+
+
+def facts(
+    config: cfg.PretrainConfig | cfg.TokenizerConfig | cfg.FinetuneConfig,
+    schedule: Schedule,
+    *,
+    num_images: int,
+    device: torch.device,
+    start: int,
+) -> dict[str, str]:
+    """What both scripts tell at the start."""
+    optim, processes = config.optim, distributed.world_size()
+    return {
+        "images": f"{num_images:,}",
+        "steps": f"{schedule.steps:,}, {schedule.per_epoch:,} an epoch"
+        + (f"; from {start:,}" if start else ""),
+        "batch": f"{optim.batch_size} = {processes} process(es) x {accumulation(config)} micro-batch(es)",
+        **({"peak rate": f"{optim.lr:g}"} if optim.lr else {}),
+        "device": f"{device}, {optim.dtype}, {torch.get_num_threads()} thread(s) a process",
+        "writes to": str(config.run.output_dir),
+    }
