@@ -74,7 +74,13 @@ def classifier(name: str, num_classes: int) -> tuple[Classifier, torch.Tensor]:
         )
 
 
-@pytest.mark.parametrize("name", PRETRAIN)
+LIKE_OTHERS = ("vitl_", "vith_", "vitb_18x2", "quickstart/clipart")
+SOME = [
+    pytest.param(name, marks=pytest.mark.slow) if name.startswith(LIKE_OTHERS) else name for name in PRETRAIN
+]
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_pretraining_builds_and_runs(name: str) -> None:
     config = pretrain_config(name)
     objective = masked_prediction(config)

@@ -127,6 +127,7 @@ def test_signal_stops_and_the_same_command_continues(
     assert len(encoded) == 1  # there is nothing left to do
 
 
+@pytest.mark.slow
 def test_unreadable_images_have_no_codes_until_they_can_be_read(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -221,6 +221,7 @@ def test_truncated_checkpoint_is_refused_by_name_and_passed_over_in_a_run(
     assert_identical(everything_saved(run), everything_saved(pretrained))
 
 
+@pytest.mark.slow
 def test_full_disk_while_saving_keeps_what_was_saved_and_the_run_goes_on(
     commands: CommandLine, pretrained: Path, tmp_path: Path
 ) -> None:

@@ -153,7 +153,8 @@ def test_training_processes_save_and_exit_with_0_where_torchrun_is_told_to_stop(
     assert saved_step(folder) >= 2 * SAVE_EVERY
 
 
-@pytest.mark.parametrize("script", [pytest.param("pretrain.py", marks=pytest.mark.slow), "finetune.py"])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py"])
 def test_an_evaluation_due_at_the_step_of_the_stop_is_not_lost(script: str, tmp_path: Path) -> None:
     def run(folder: Path) -> None:
         if script == "pretrain.py":

@@ -14,7 +14,7 @@ TRUNKS = {
 }
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stem", ["linear", "hmlp-all", "hmlp-visible", "conv-layer"])
 @pytest.mark.parametrize("trunk", TRUNKS)
 @pytest.mark.parametrize("method", ["mae", "simmim", pytest.param("beitv2", marks=pytest.mark.slow)])
