@@ -20,7 +20,7 @@ from mpm.tokenizers.vqkd import VQKD
 def tokenizer(
     config: cfg.TokenizerConfig, normalize: Normalize
 ) -> DiscreteVAE | VQKD | PatchCodes | FeatureCodes:
-    """Images to codes; parameters are not initialised. `config` is resolved: it states the number of codes."""
+    """Images to codes; parameters are not initialised. `config` is resolved: with its number of codes."""
     objective, data = config.objective, config.data
     assert objective.codes is not None
     match objective:
