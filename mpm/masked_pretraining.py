@@ -100,9 +100,12 @@ class MaskedPretraining:
         crops, cache = None, None
         if isinstance(config.objective.target, CodeTarget):
             crops = config.objective.target.crops
-            if config.objective.target.cache is not None:
+            if crops is not None:
+                facts["crops"] = f"the same {crops} of each image in turn"
+            if (file := config.objective.target.cache) is not None:
                 fingerprint = code_fingerprint(config, cast(Codes, target), self.images)
-                cache = CodeCache.open(config.objective.target.cache, fingerprint=fingerprint)
+                cache = CodeCache.open(file, fingerprint=fingerprint)
+                facts["crops"] += f", their codes read from {file}"
         return Parts(
             objective=objective,
             prepare=PrepareMasked(target, normalize=normalize, num_masked=config.num_masked, device=device),
@@ -145,7 +148,8 @@ def code_target(
     dtype, agreement = torch.float32, ""
     if stated.dtype == "bf16" or (stated.dtype == "auto" and config.optim.dtype == "bf16"):
         # the same images on every process, however many there are
-        few = [view(images.read(index)) for index in range(min(len(images), _IMAGES_COMPARED))]
+        places = np.random.default_rng(config.seed).permutation(len(images))[:_IMAGES_COMPARED]
+        few = [view(images.read(int(place))) for place in places]
         share = _agreement(config, tokenizer, to_unit(stack(few), device), use)
         share = distributed.broadcast_object(share)
         agreement = f"; {share:.2%} of the codes in bf16 are those in fp32"

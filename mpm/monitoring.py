@@ -44,11 +44,10 @@ def looked_at(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def code_views(
-    images: ImageSource, view: EvalView, *, seed: int, workers: int, device: torch.device
+    images: Substituting, view: EvalView, *, seed: int, workers: int, device: torch.device
 ) -> Iterator[Tensor]:
     """Some images as a tokenizer gets them, float32 [B,C,H,W] in [0,1]; each process has its share."""
-    order = np.random.default_rng(seed).permutation(len(images))[:_IMAGES_FOR_CODES]
-    some = Subset(Substituting(images), order)
+    some = Subset(images, np.random.default_rng(seed).permutation(len(images))[:_IMAGES_FOR_CODES])
     for batch in eval_loader(some, view, batch_size=_CODE_BATCH, workers=workers):
         yield to_unit(batch.images, device)
 
@@ -180,6 +179,7 @@ class CodeMonitor:
                 self._shown, self._view, seed=self._seed, workers=self._workers, device=self._device
             )
             use = code_use(tokenizer, views)
+            log.info("codes: %s", use)
             signals = {
                 "perplexity": use.perplexity,
                 "live_codes": use.live_share,

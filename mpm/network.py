@@ -156,7 +156,9 @@ def config_of(saved: checkpoint.Checkpoint) -> NetworkConfig:
     }
     kind = saved.metadata["kind"]
     if kind not in kinds:
-        raise ValueError(f"{saved.path} is a {kind}, not a network; see mpm.tokenization.read_tokenizer")
+        raise ValueError(
+            f"{saved.path} is a {kind}, not a network; it is what objective.target.tokenizer takes"
+        )
     return configfile.validate(saved.config, kinds[kind], name=str(saved.path))
 
 

@@ -1,7 +1,8 @@
 """The configuration of the two scripts: every default, unit and rule, checked before torch is imported.
 
 `PretrainConfig` and `TokenizerConfig` are in `pretraining`, `FinetuneConfig` in `finetuning`, with the rules
-between their sections; the sections are in `data`, `mask`, `model`, `tokenizer` and `training`.
+between their sections; the sections are in `data`, `mask`, `model`, `objective`, `tokenizer`
+and `training`.
 """
 
 from mpm.config.data import (
@@ -24,25 +25,27 @@ from mpm.config.mask import BlockMask, Mask, RandomMask
 from mpm.config.model import (
     Backbone,
     ClassAttentionReadout,
+    ConvStem,
+    HMLPStem,
+    LinearStem,
+    MeanReadout,
+    Positions,
+    Readout,
+    Stem,
+    TokenReadout,
+)
+from mpm.config.objective import (
     ClassPretrainingPredictor,
     CodeTarget,
-    ConvStem,
     DecoderPredictor,
-    HMLPStem,
     HOGTarget,
     LatentTarget,
     LinearPredictor,
-    LinearStem,
     MaskedObjective,
-    MeanReadout,
     Objective,
     PixelTarget,
-    Positions,
     Predictor,
-    Readout,
-    Stem,
     Target,
-    TokenReadout,
 )
 from mpm.config.pretraining import PretrainConfig, TokenizerConfig
 from mpm.config.section import Section

@@ -6,9 +6,7 @@ from mpm.config.data import (
     FinetuneData,
     PretrainData,
 )
-from mpm.config.model import (
-    Backbone,
-)
+from mpm.config.model import Backbone
 from mpm.config.section import check_multiple
 
 __all__ = ["check_cells", "check_micro_batch", "check_patches", "check_statistics_are_stated"]

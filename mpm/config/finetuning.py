@@ -8,10 +8,7 @@ from mpm.config.checks import check_micro_batch, check_patches, check_statistics
 from mpm.config.data import (
     FinetuneData,
 )
-from mpm.config.model import (
-    Backbone,
-    Readout,
-)
+from mpm.config.model import Backbone, Readout
 from mpm.config.section import Count, NotNegative, Section, Seed
 from mpm.config.training import (
     Ema,

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field, Strict
 
 from mpm.config.data import Interpolation, Source
-from mpm.config.model import Backbone, Predictor, Readout
+from mpm.config.model import Backbone, Readout
+from mpm.config.objective import Predictor
 from mpm.config.section import Count, Pair, Section
 from mpm.config.training import Run
 

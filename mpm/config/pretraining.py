@@ -7,12 +7,8 @@ from mpm.config.data import (
     PretrainData,
 )
 from mpm.config.mask import Mask
-from mpm.config.model import (
-    Backbone,
-    ClassPretrainingPredictor,
-    HOGTarget,
-    Objective,
-)
+from mpm.config.model import Backbone
+from mpm.config.objective import ClassPretrainingPredictor, HOGTarget, Objective
 from mpm.config.section import Section, Seed
 from mpm.config.tokenizer import (
     DVAEObjective,
