@@ -13,21 +13,16 @@ data/clipart (scripts/shrink_images.py).
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.measuring import Results
-
-ROOT = Path(__file__).parents[1]
+from benchmarks.runs import Job, known, run_grid, train
 
 
 class Data(NamedTuple):
@@ -194,7 +189,7 @@ def run_cell(cell: Cell, folder: Path, tokenizers: Path, *, search: bool) -> dic
             "monitor": {"every": 100_000},
             **objective(cell.method, tokenizers, cell.data),
         }
-        outcome["pretrain"] = train("pretrain", config, pretrained, cell.seed)
+        outcome["pretrain"] = train("pretrain", config, pretrained, cell.seed, metrics=KEPT)
     config = {
         "data": {
             **data.view,
@@ -217,37 +212,8 @@ def run_cell(cell: Cell, folder: Path, tokenizers: Path, *, search: bool) -> dic
         **({} if data.labels is None else {"labels": data.labels | {"seed": cell.seed}}),
         **({} if pretrained is None else {"init": {"checkpoint": str(pretrained)}}),
     }
-    outcome["finetune"] = train("finetune", config, folder / cell.name / "finetune", cell.seed)
+    outcome["finetune"] = train("finetune", config, folder / cell.name / "finetune", cell.seed, metrics=KEPT)
     return outcome
-
-
-def train(script: str, config: dict[str, Any], folder: Path, seed: int) -> dict[str, Any]:
-    """Run a script to its end, or further; the last line of its metrics, its result, and the seconds."""
-    folder.mkdir(parents=True, exist_ok=True)
-    run = {
-        "output_dir": str(folder),
-        "workers": 0,
-        "threads": 1,
-        "device": "cpu",
-        "keep": 1,
-        "save_every": 200,
-    }
-    file = folder / "stated.json"  # JSON is YAML
-    file.write_text(json.dumps({"seed": seed, "run": run, **config}, indent=1))
-    begin = time.perf_counter()
-    command = [sys.executable, f"{script}.py", "--config", str(file)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if ended.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{ended.stderr[-2000:]}")
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    merged: dict[str, Any] = {}
-    for line in lines:
-        merged |= json.loads(line)
-    kept = {key: merged[key] for key in KEPT if key in merged}
-    result = folder / "result.json"
-    if result.exists():
-        kept |= json.loads(result.read_text())
-    return kept | {"seconds": round(time.perf_counter() - begin, 1)}
 
 
 # Grids
@@ -334,35 +300,36 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="say what is finished, run nothing")
     options = parser.parse_args()
     tokenizers = (options.runs / "tokenizers").absolute()
-    known = (
-        [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
-    )
+    records = known(options.out)
     if options.table:
         names = {cell.name for cell in GRIDS[options.grid](options.seeds)}
-        print(table([record for record in known if record["name"] in names]))
+        print(table([record for record in records if record["name"] in names]))
         return
-    finished = {record["name"] for record in known}
+    if options.grid == "tokenizers":
+        jobs = list(tokenizer_jobs(tokenizers))
+    else:
+        jobs = [
+            Job(
+                {"name": cell.name, "cell": cell._asdict()},
+                partial(run_cell, cell, options.runs.absolute(), tokenizers, search=cell.grid == "rates"),
+            )
+            for cell in GRIDS[options.grid](options.seeds)
+            if (options.only or "") in cell.name
+        ]
     results = Results("targets", torch.device("cpu"), out=options.out, packages=["timm"])
-    with ThreadPoolExecutor(options.parallel) as pool:
-        jobs = {}
-        if options.grid == "tokenizers":
-            for data in DATA:
-                for codes in ("kmeans", "dvae", "vqkd", "random"):
-                    name = f"{data}_{codes}"
-                    if f"tokenizer_{name}" not in finished:
-                        run = (train, "pretrain", tokenizer_config(data, codes), tokenizers / name, 0)
-                        jobs[pool.submit(*run)] = {"name": f"tokenizer_{name}"}
-        else:
-            for cell in GRIDS[options.grid](options.seeds):
-                if cell.name not in finished and (options.only or "") in cell.name:
-                    folder = options.runs.absolute()
-                    job = pool.submit(run_cell, cell, folder, tokenizers, search=cell.grid == "rates")
-                    jobs[job] = {"name": cell.name, "cell": cell._asdict()}
-        for job in as_completed(jobs):
-            if (error := job.exception()) is not None:
-                print(f"{jobs[job]['name']} failed: {error}", file=sys.stderr)
-                continue
-            results.add(jobs[job] | {"outcome": job.result()}, f"{jobs[job]['name']} finished")
+    finished = {record["name"] for record in records}
+    run_grid(jobs, results, finished=finished, parallel=options.parallel)
+
+
+def tokenizer_jobs(folder: Path) -> Iterator[Job]:
+    for data in DATA:
+        for codes in ("kmeans", "dvae", "vqkd", "random"):
+            name = f"{data}_{codes}"
+            config = tokenizer_config(data, codes)
+            yield Job(
+                {"name": f"tokenizer_{name}"},
+                partial(train, "pretrain", config, folder / name, 0, metrics=KEPT),
+            )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""Grids of whole runs by `pretrain.py` and `finetune.py`.
+
+A cell is one line of the results. Finished cells are passed over and stopped ones continue, so the same
+command goes on after any stop.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.measuring import Results
+
+ROOT = Path(__file__).parents[1]
+
+
+class Job(NamedTuple):
+    """A cell: `record` (with its `name`) opens its line, what `run` gives ends it as `outcome`."""
+
+    record: dict[str, Any]
+    run: Callable[[], dict[str, Any]]
+
+
+def known(out: Path) -> list[dict[str, Any]]:
+    """The finished cells of a file of results."""
+    return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+
+
+def run_grid(jobs: Iterable[Job], results: Results, *, finished: set[str], parallel: int) -> None:
+    """Run the cells that are not finished, `parallel` at a time; one that fails is told and passed over."""
+    with ThreadPoolExecutor(parallel) as pool:
+        pending = {pool.submit(job.run): job for job in jobs if job.record["name"] not in finished}
+        for done in as_completed(pending):
+            record = pending[done].record
+            if (error := done.exception()) is not None:
+                print(f"{record['name']} failed: {error}", file=sys.stderr)
+                continue
+            results.add(record | {"outcome": done.result()}, f"{record['name']} finished")
+
+
+def train(
+    script: str, config: dict[str, Any], folder: Path, seed: int, *, metrics: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Run a script to its end, or further, on one thread.
+
+    Args:
+        script: `pretrain` or `finetune`.
+        config: all but `seed` and `run`.
+        folder: of the run.
+        seed: of the run.
+        metrics: whose last value is kept.
+
+    Returns:
+        Those metrics, fine-tuning's `result.json`, and the `seconds` of this call.
+
+    Raises:
+        RuntimeError: with the end of what it wrote, if it failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    run = {
+        "output_dir": str(folder),
+        "workers": 0,
+        "threads": 1,
+        "device": "cpu",
+        "keep": 1,
+        "save_every": 200,
+    }
+    file = folder / "stated.json"  # JSON is YAML
+    file.write_text(json.dumps({"seed": seed, "run": run, **config}, indent=1))
+    begin = time.perf_counter()
+    command = [sys.executable, f"{script}.py", "--config", str(file)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if ended.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{ended.stderr[-2000:]}")
+    last: dict[str, Any] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        last |= json.loads(line)
+    outcome = {key: last[key] for key in metrics if key in last}
+    result = folder / "result.json"
+    if result.exists():
+        outcome |= json.loads(result.read_text())
+    return outcome | {"seconds": round(time.perf_counter() - begin, 1)}
