@@ -4,6 +4,7 @@
     python -m benchmarks.targets rates --out FILE         # the rates, on held-out training images
     python -m benchmarks.targets targets --out FILE       # scratch, MAE, SimMIM, BEiT, BEiT random, HOG
     python -m benchmarks.targets stems --out FILE         # hMLP, linear, conv under BEiT and supervision
+    python -m benchmarks.targets length --out FILE        # MAE and BEiT, four and eight times as long
     python -m benchmarks.targets targets --out FILE --table    # what is finished
 
 A cell is one data set, method and seed: it pretrains, fine-tunes, looks at the test images once, and appends
@@ -161,11 +162,13 @@ class Cell(NamedTuple):
     pretrain_lr: float
     finetune_lr: float
     layer_decay: float
+    length: int = 1  # of pretraining, in steps of the data set
 
     @property
     def name(self) -> str:
         """Unique, for folders and the file of results."""
-        return "_".join(str(part).replace(":", "-") for part in self)
+        parts = self if self.length > 1 else self[:-1]
+        return "_".join(str(part).replace(":", "-") for part in parts)
 
 
 def run_cell(cell: Cell, folder: Path, tokenizers: Path, *, search: bool) -> dict[str, Any]:
@@ -176,14 +179,15 @@ def run_cell(cell: Cell, folder: Path, tokenizers: Path, *, search: bool) -> dic
     pretrained = None
     if cell.method != "scratch":
         pretrained = folder / cell.name / "pretrain"
+        steps = data.pretrain_steps * cell.length
         config = {
             "data": data.train | data.view | {"crop_scale": [0.5, 1.0]},
             "backbone": network,
             "optim": {
-                "steps": data.pretrain_steps,
+                "steps": steps,
                 "batch_size": PRETRAIN_BATCH,
                 "lr": cell.pretrain_lr,
-                "warmup_steps": data.pretrain_steps // 10,
+                "warmup_steps": steps // 10,
                 "clip_norm": 3.0,
             },
             "monitor": {"every": 100_000},
@@ -225,7 +229,7 @@ SCRATCH = {"pretrain_lr": 0.0, "finetune_lr": 2e-3, "layer_decay": 1.0}
 METHODS = ("scratch", "beit:vqkd", "mae", "simmim", "beit:random", "hog")
 
 
-def settings(method: str) -> dict[str, float]:
+def settings(method: str) -> dict[str, Any]:
     if method == "scratch":
         return SCRATCH
     return {"pretrain_lr": RATES.get(method.partition(":")[0], 2e-3), **TUNED}
@@ -254,6 +258,14 @@ def grid_stems(seeds: int) -> Iterator[Cell]:
                 yield Cell("runs", "clipart", method, stem, seed, **settings(method))
 
 
+def grid_length(seeds: int) -> Iterator[Cell]:
+    """Whether MAE and BEiT want other lengths; those of length 1 are cells of `targets`."""
+    for seed in range(seeds):
+        for length in (4, 8):
+            for method in ("beit:vqkd", "mae"):
+                yield Cell("runs", "fashion_mnist", method, "hmlp", seed, **settings(method), length=length)
+
+
 def grid_rates(seeds: int) -> Iterator[Cell]:
     """On a seed that is not reported, and on held-out training images."""
     for data in DATA:
@@ -266,7 +278,13 @@ def grid_rates(seeds: int) -> Iterator[Cell]:
             yield Cell("rates", "fashion_mnist", method, "hmlp", SEARCH_SEED, lr, **TUNED)
 
 
-GRIDS = {"targets": grid_targets, "more": grid_more, "stems": grid_stems, "rates": grid_rates}
+GRIDS = {
+    "targets": grid_targets,
+    "more": grid_more,
+    "stems": grid_stems,
+    "length": grid_length,
+    "rates": grid_rates,
+}
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -275,6 +293,8 @@ def table(records: list[dict[str, Any]]) -> str:
     for record in records:
         outcome = record["outcome"]["finetune"]
         key = tuple(str(record["cell"][part]) for part in ("grid", "data", "stem", "method"))
+        if record["cell"].get("length", 1) > 1:
+            key += (f"x{record['cell']['length']}",)
         if record["cell"]["grid"] == "rates":
             key += tuple(str(record["cell"][part]) for part in ("pretrain_lr", "finetune_lr", "layer_decay"))
         scores.setdefault(key, []).append(
