@@ -15,7 +15,7 @@ data/clipart (scripts/shrink_images.py).
 
 import argparse
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -326,19 +326,19 @@ def main() -> None:
         print(table([record for record in records if record["name"] in names]))
         return
     if options.grid == "tokenizers":
-        jobs = list(tokenizer_jobs(tokenizers))
+        jobs = tokenizer_jobs(tokenizers)
     else:
-        jobs = [
-            Job(
-                {"name": cell.name, "cell": cell._asdict()},
-                partial(run_cell, cell, options.runs.absolute(), tokenizers, search=cell.grid == "rates"),
-            )
-            for cell in GRIDS[options.grid](options.seeds)
-            if (options.only or "") in cell.name
-        ]
+        jobs = cell_jobs(GRIDS[options.grid](options.seeds), options.runs.absolute(), tokenizers)
+    jobs = (job for job in jobs if (options.only or "") in job.record["name"])
     results = Results("targets", torch.device("cpu"), out=options.out, packages=["timm"])
     finished = {record["name"] for record in records}
     run_grid(jobs, results, finished=finished, parallel=options.parallel)
+
+
+def cell_jobs(cells: Iterable[Cell], folder: Path, tokenizers: Path) -> Iterator[Job]:
+    for cell in cells:
+        run = partial(run_cell, cell, folder, tokenizers, search=cell.grid == "rates")
+        yield Job({"name": cell.name, "cell": cell._asdict()}, run)
 
 
 def tokenizer_jobs(folder: Path) -> Iterator[Job]:
