@@ -4,6 +4,7 @@
     python -m benchmarks.targets rates --out FILE         # the rates, on held-out training images
     python -m benchmarks.targets targets --out FILE       # scratch, MAE, SimMIM, BEiT, BEiT random, HOG
     python -m benchmarks.targets stems --out FILE         # hMLP, linear, conv under BEiT and supervision
+    python -m benchmarks.targets long --out FILE          # the same, three or four times as long
     python -m benchmarks.targets length --out FILE        # MAE and BEiT, four and eight times as long
     python -m benchmarks.targets targets --out FILE --table    # what is finished
 
@@ -258,8 +259,20 @@ def grid_stems(seeds: int) -> Iterator[Cell]:
                 yield Cell("runs", "clipart", method, stem, seed, **settings(method))
 
 
+# pretraining long enough to pay, in steps of the data set: see docs/evidence.md
+LENGTHS = {"fashion_mnist": 4, "clipart": 3}
+
+
+def grid_long(seeds: int) -> Iterator[Cell]:
+    """The targets where pretraining has time; from scratch as in `targets`."""
+    for seed in range(seeds):
+        for method in METHODS[1:]:
+            for data, length in LENGTHS.items():
+                yield Cell("runs", data, method, "hmlp", seed, **settings(method), length=length)
+
+
 def grid_length(seeds: int) -> Iterator[Cell]:
-    """Whether MAE and BEiT want other lengths; those of length 1 are cells of `targets`."""
+    """How MAE and BEiT gain with length."""
     for seed in range(seeds):
         for length in (4, 8):
             for method in ("beit:vqkd", "mae"):
