@@ -295,6 +295,7 @@ GRIDS = {
     "targets": grid_targets,
     "more": grid_more,
     "stems": grid_stems,
+    "long": grid_long,
     "length": grid_length,
     "rates": grid_rates,
 }
