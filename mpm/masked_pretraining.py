@@ -171,7 +171,7 @@ def code_fingerprint(config: PretrainConfig, target: Codes, images: ImageSource)
     )
     contents = hashlib.sha256()
     for index in range(len(images)):  # absolute names move with the folder
-        contents.update(Path(images.name(index)).name.encode(errors="surrogateescape") + b"\0")
+        contents.update(Path(images.name(index)).name.encode() + b"\0")
     for place in np.linspace(0, len(images) - 1, min(len(images), _IMAGES_HASHED), dtype=int):
         contents.update(Substituting(images).read(int(place)).numpy().tobytes())
     return {

@@ -96,7 +96,7 @@ def write_picture(file: Path, picture: Tensor) -> None:
 
 def _log_to(file: Path) -> None:
     """Write what is logged to a file too; lines of earlier processes of the run stay."""
-    handler = logging.FileHandler(file, encoding="utf-8")
+    handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")  # as stderr
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logging.getLogger("mpm").addHandler(handler)
 
