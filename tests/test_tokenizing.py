@@ -195,6 +195,10 @@ def fingerprint_of(config: PretrainConfig) -> dict[str, Any]:
 
 
 def test_mistakes_are_told(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "notes.txt").write_text("which tokenizer?")
+    told = r"notes\.txt is text, not weights, so it is no tokenizer; give a run of configs/tokenizers, or a file"
+    with pytest.raises(ValueError, match=told):
+        tokenize(config_of(tmp_path / "notes.txt", tmp_path))
     with pytest.raises(ConfigError, match=r"objective\.target\.kind is pixels"):
         tokenize(pretrain_config(tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"objective\.target\.cache is not given"):
