@@ -35,8 +35,8 @@ def read_tokenizer(source: str | Path) -> Tokenizer:
             built = load_tokenizer(path)
         except NotWeights as error:
             raise ValueError(
-                f"{error}, so it is no tokenizer; give a run of configs/tokenizers, or a file with the weights "
-                "of DALL-E's encoder, a dVAE of DALLE-pytorch, or BEiT v2's VQ-KD"
+                f"{error}, so it is no tokenizer; give a run of configs/tokenizers, or a file with the "
+                "weights of DALL-E's encoder, a dVAE of DALLE-pytorch, or BEiT v2's VQ-KD"
             ) from error
     else:
         built = _of_run(path)

@@ -128,7 +128,7 @@ class TokenizerTraining:
                         f"objective.teacher.checkpoint {source} takes {theirs} channel(s), and data.channels "
                         f"is {channels}; set data.channels={theirs}{grey}"
                     )
-                self.identity["teacher"] = read.identity
+                self.identity["objective.teacher.checkpoint"] = read.identity
                 return read.teacher
 
 
