@@ -97,6 +97,12 @@ def _log_to_stderr() -> None:
     logger = logging.getLogger("mpm")
     logger.setLevel(logging.INFO if is_first_process() else logging.WARNING)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    for handler in logging.root.handlers:  # the hub's own handler has told it
+        handler.addFilter(_is_not_of_the_hub)
+
+
+def _is_not_of_the_hub(record: logging.LogRecord) -> bool:
+    return not record.name.startswith("huggingface_hub")
 
 
 # Commands

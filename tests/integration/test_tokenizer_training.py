@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -92,6 +93,18 @@ def test_unknown_teacher_is_told_with_near_names(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no weights for resnet5O.*did you mean resnet50 or ") as error:
         TokenizerTraining(tokenizer_config(tmp_path, *taught_by("timm:resnet5O")))
     assert "\n" not in str(error.value)
+
+
+def test_teacher_that_cannot_be_fetched_is_told_with_those_that_need_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    told = (
+        r"no weights for test_vit: they are not on this .*; objective\.teacher\.kind=hog and pixels need no"
+    )
+    with pytest.raises(ValueError, match=told):
+        TokenizerTraining(tokenizer_config(tmp_path, *taught_by("timm:test_vit")))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
