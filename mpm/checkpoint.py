@@ -238,6 +238,8 @@ def _write(
             with _library_errors(), (new / "train_state.pt").open("wb") as file:
                 torch.save(dict(train_state), file)
         (new / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+        for path in new.iterdir():  # safetensors writes for its owner alone
+            shutil.copymode(new / "config.yaml", path)
         files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in new.iterdir()}
         manifest = {"step": step, "metadata": dict(metadata), "tied": tied, "files": files}
         (new / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -5,6 +5,7 @@ Words and configurations are checked before torch is imported, so their mistakes
 
 import argparse
 import errno
+import io
 import logging
 import os
 import sys
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str] | None = None, *, command: str | None = None) 
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parse([command, *words] if command else words)
     _log_to_stderr()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: any path can be told
     # GNU OpenMP's threads spin for milliseconds while they wait, on cores that loader workers need; let them
     # sleep after some microseconds (docs/evidence.md). Read when torch is loaded; a user's own setting stands
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -94,6 +97,12 @@ def _log_to_stderr() -> None:
     logger = logging.getLogger("mpm")
     logger.setLevel(logging.INFO if is_first_process() else logging.WARNING)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    for handler in logging.root.handlers:  # the hub's own handler has told it
+        handler.addFilter(_is_not_of_the_hub)
+
+
+def _is_not_of_the_hub(record: logging.LogRecord) -> bool:
+    return not record.name.startswith("huggingface_hub")
 
 
 # Commands

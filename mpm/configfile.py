@@ -40,6 +40,11 @@ Config = TypeVar("Config", bound=AnyConfig)
 AnySection = TypeVar("AnySection", bound=Section)
 
 MOST_LINES = 5
+_WHAT: dict[type[Section], str] = {
+    PretrainConfig: "pretraining",
+    TokenizerConfig: "a tokenizer",
+    FinetuneConfig: "fine-tuning",
+}
 
 
 class ConfigError(ValueError):
@@ -147,7 +152,10 @@ def _read(path: str | Path) -> Document:
         document = parse(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: also text that is not UTF-8
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line} is not UTF-8; save the file as UTF-8") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is no readable YAML: {one_line(error)}") from None
     if not isinstance(document.value, dict):
         raise ConfigError(f"{path} holds no keys; begin with run: {{output_dir: ...}}")
@@ -172,13 +180,22 @@ def _validate(stated: Stated, model: type[AnySection]) -> AnySection:
     if unknown := list(unknown_keys([model], stated.raw)):
         everywhere = list(names([model]))
         raise _error(
-            f"unknown key {key.name} in {stated.place(key.name)}; {suggestion(key, everywhere)}"
+            f"unknown key {key.name} in {stated.place(key.name)}; "
+            + suggestion(key, everywhere, elsewhere=_elsewhere(key.name, model))
             for key in unknown
         )
     try:
         return model.model_validate(stated.raw)
     except ValidationError as error:
         raise _error(f"{stated.place(key)}: {text}" for key, text in complaints(error, model)) from None
+
+
+def _elsewhere(key: str, model: type[Section]) -> str | None:
+    """That another configuration has a key, where it does."""
+    others = [what for other, what in _WHAT.items() if other is not model and key in names([other])]
+    if model not in _WHAT or not others:
+        return None
+    return f"{_WHAT[model]} has no {key}, {' and '.join(others)} {'have' if others[1:] else 'has'}"
 
 
 def _error(lines: Iterator[str]) -> ConfigError:

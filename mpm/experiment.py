@@ -58,7 +58,8 @@ class Experiment(Protocol):
         kind: of its checkpoints.
         config: everything in it stated.
         images: to learn from.
-        identity: digests of frozen networks, and what else a continued run must find as it was.
+        identity: digests of frozen networks by the key that names them, and what else a continued run must
+            find as it was.
     """
 
     kind: str

@@ -5,6 +5,7 @@ from typing import Any
 
 from mpm import checkpoint, configfile
 from mpm.config import ImportedConfig
+from mpm.interop.files import NotWeights
 from mpm.interop.official import Official, load_official
 from mpm.interop.timm_hub import load_timm
 
@@ -41,6 +42,8 @@ def fetch(
         )
     try:
         return load_official(path, heads=heads, decoder_heads=decoder_heads, image_size=image_size)
+    except NotWeights as error:
+        raise ValueError(f"{error}; give a run's folder, a file of weights, or {TIMM}NAME") from error
     except ValueError as error:
         if str(path) in str(error):
             raise

@@ -73,7 +73,7 @@ class MaskedPretraining:
         self._tokenizer = read_tokenizer(target.tokenizer) if isinstance(target, CodeTarget) else None
         self.identity: dict[str, str] = {}
         if self._tokenizer is not None:
-            self.identity["tokenizer"] = digest(cast(nn.Module, self._tokenizer))
+            self.identity["objective.target.tokenizer"] = digest(cast(nn.Module, self._tokenizer))
             build.tokenizer_view(self.config, self._tokenizer)  # whether it fits
 
     def create(self, device: torch.device, *, is_new: bool) -> Parts:
@@ -171,15 +171,16 @@ def code_fingerprint(config: PretrainConfig, target: Codes, images: ImageSource)
     )
     contents = hashlib.sha256()
     for index in range(len(images)):  # absolute names move with the folder
-        contents.update(Path(images.name(index)).name.encode(errors="surrogateescape") + b"\0")
+        contents.update(Path(images.name(index)).name.encode() + b"\0")
     for place in np.linspace(0, len(images) - 1, min(len(images), _IMAGES_HASHED), dtype=int):
         contents.update(Substituting(images).read(int(place)).numpy().tobytes())
+    stated = config.objective.target
     return {
-        "images": contents.hexdigest(),
-        "tokenizer": digest(cast(nn.Module, target.tokenizer)),
+        "images": {"sha256": contents.hexdigest(), "of": str(getattr(config.data, "root", config.data.kind))},
+        "tokenizer": {"sha256": digest(cast(nn.Module, target.tokenizer)), "of": stated.tokenizer},
         "dtype": str(target.dtype),
         "seed": config.seed,
-        "crops": config.objective.target.crops,
+        "crops": stated.crops,
         "grid": list(config.grid),
         "data": {
             **view,

@@ -1,5 +1,6 @@
 """One run: its folder, what it continues from, and how it saves. Both scripts use it."""
 
+import functools
 import itertools
 import logging
 import random
@@ -96,7 +97,7 @@ def write_picture(file: Path, picture: Tensor) -> None:
 
 def _log_to(file: Path) -> None:
     """Write what is logged to a file too; lines of earlier processes of the run stay."""
-    handler = logging.FileHandler(file, encoding="utf-8")
+    handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")  # as stderr
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logging.getLogger("mpm").addHandler(handler)
 
@@ -234,11 +235,8 @@ class Run:
         saved = checkpoint.load(self.resumes_from)
         for name, now in data.items():
             if (then := saved.metadata["data"].get(name)) != now:
-                of_data = name in ("images", "classes")
-                what = f"the training data has other {name}" if of_data else f"there is another {name}"
                 raise ValueError(
-                    f"{what} than when {self.folder} began: {_shortened(now)}, "
-                    f"not {_shortened(then)}; restore what was, or choose another run.output_dir"
+                    f"{self._difference(name, then, now)}; restore what was, or choose another run.output_dir"
                 )
         state = checkpoint.load_train_state(self.resumes_from)
         objective.load_state_dict(saved.model)
@@ -262,6 +260,17 @@ class Run:
             )
         log.info("continuing %s from step %d", self.folder, saved.step)
         return saved.step, saved.metadata
+
+    def _difference(self, name: str, then: Any, now: Any) -> str:
+        """What is not as when the run began."""
+        if name in ("images", "classes"):
+            what = f"the training data has other {name} than when {self.folder} began"
+        elif name.startswith("objective."):  # a digest tells nobody anything
+            path = functools.reduce(getattr, name.split("."), self.config)
+            return f"{name} {path} has other weights than when {self.folder} began: trained on, or replaced"
+        else:
+            what = f"the {name} is another than when {self.folder} began"
+        return f"{what}: {_shortened(now)}, not {_shortened(then)}"
 
 
 def _device_of(objective: nn.Module) -> torch.device:

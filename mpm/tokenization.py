@@ -28,9 +28,16 @@ def read_tokenizer(source: str | Path) -> Tokenizer:
     """
     path = Path(source).expanduser()
     if path.is_file():
+        from mpm.interop.files import NotWeights
         from mpm.interop.tokenizers import load_tokenizer
 
-        built = load_tokenizer(path)
+        try:
+            built = load_tokenizer(path)
+        except NotWeights as error:
+            raise ValueError(
+                f"{error}, so it is no tokenizer; give a run of configs/tokenizers, or a file with the "
+                "weights of DALL-E's encoder, a dVAE of DALLE-pytorch, or BEiT v2's VQ-KD"
+            ) from error
     else:
         built = _of_run(path)
     frozen = cast(nn.Module, built).eval().requires_grad_(False)

@@ -18,7 +18,7 @@ from mpm.config import (
 )
 from mpm.experiment import Parts
 from mpm.imported import TIMM
-from mpm.interop.timm_hub import create_timm
+from mpm.interop.timm_hub import OutOfReach, create_timm
 from mpm.monitoring import CodeMonitor
 from mpm.network import Trunk, read_trunk
 from mpm.objectives import teachers
@@ -120,7 +120,12 @@ class TokenizerTraining:
             case HOGTeacher(cells=cells):
                 return teachers.HOGTeacher(patch_size, channels=channels, cells=cells)
             case NetworkTeacher(checkpoint=source):
-                read = _network_teacher(source, self.grid, dtype=build.dtype(config.optim))
+                try:
+                    read = _network_teacher(source, self.grid, dtype=build.dtype(config.optim))
+                except OutOfReach as error:
+                    raise ValueError(
+                        f"{error}; objective.teacher.kind=hog and pixels need no download"
+                    ) from error
                 theirs = read.teacher.channels
                 if channels not in (1, theirs):
                     grey = "" if theirs == 1 else ", or 1: grey images are repeated"
@@ -128,7 +133,7 @@ class TokenizerTraining:
                         f"objective.teacher.checkpoint {source} takes {theirs} channel(s), and data.channels "
                         f"is {channels}; set data.channels={theirs}{grey}"
                     )
-                self.identity["teacher"] = read.identity
+                self.identity["objective.teacher.checkpoint"] = read.identity
                 return read.teacher
 
 

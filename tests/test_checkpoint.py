@@ -1,7 +1,9 @@
 import json
 import logging
+import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +53,17 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     state = checkpoint.load_train_state(path)
     assert state["step"] == 7
     assert state["moments"][0].equal(torch.arange(4.0))
+
+
+def test_every_file_has_the_mode_that_the_user_s_mask_leaves(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        path = save(tmp_path, 7, ema={"weight": torch.ones(2)})
+    finally:
+        os.umask(before)
+    assert {file.name: f"{stat.S_IMODE(file.stat().st_mode):o}" for file in path.iterdir()} == dict.fromkeys(
+        (*FILES, "manifest.json"), "640"
+    )
 
 
 def test_a_run_s_folder_means_its_best_else_its_newest(tmp_path: Path) -> None:

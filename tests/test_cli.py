@@ -3,7 +3,10 @@
 import csv
 import io
 import json
+import logging
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +20,9 @@ from torch.testing import assert_close
 import mpm
 from mpm import cli
 from mpm.commands import prediction, words
+from mpm.commands.outputs import appearing
 from mpm.data.images import read_image
+from mpm.run import _log_to, _stop_logging_to_files
 from tests.command_line import CONFIGS, TINY, CommandLine
 
 DEBUG = CONFIGS / "debug.yaml"
@@ -143,6 +148,72 @@ def test_failed_prediction_leaves_the_file_that_was_there(
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_paths_that_are_not_utf8_are_told_and_listed_with_their_bytes(
+    commands: CommandLine, finetuned: Path, photos: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(photos / "ant", folder)
+    out = tmp_path / "features.safetensors"
+    ended = commands("mpm", "features", finetuned, tmp_path, "-o", out, "--labels")
+    assert ended.status == 0, ended.err
+    expected = [rf"caf\xe9/{number}.png" for number in range(3)]
+    assert [row["image"] for row in rows_of(out.with_suffix(".csv").read_text())][:3] == expected
+    with safe_open(out, "pt") as file:
+        assert json.loads(file.metadata()["classes"]) == [r"caf\xe9"]
+    for option in ((), ("-o", tmp_path / "out.csv")):
+        ended = commands("mpm", "predict", finetuned, folder, *option)
+        assert ended.status == 0, ended.err
+        text = (tmp_path / "out.csv").read_text() if option else ended.out
+        assert [row["image"] for row in rows_of(text)] == [f"{tmp_path}/{name}" for name in expected]
+    shutil.copy(DEBUG, folder)
+    ended = commands("mpm", "config", folder / "debug.yaml")
+    assert ended.status == 0, ended.err
+    assert rf"{tmp_path}/caf\udce9/debug.yaml:8" in ended.out
+
+
+@pytest.mark.parametrize(
+    "line", ["predict RUN .", "features . . -o RUN/a", "export . --to timm -o RUN", "import a -o RUN"]
+)
+def test_paths_that_safetensors_cannot_read_are_refused(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stderr", told := io.StringIO())
+    run = os.fsdecode(b"run\xe9")
+    for folder in (".", run):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "config.yaml").touch()
+    with pytest.raises(SystemExit) as ended:
+        words.parse([word.replace("RUN", run) for word in line.split()])
+    assert ended.value.code == 2
+    assert re.search("the name run\udce9\\S* is not UTF-8; use another, or a link", told.getvalue())
+
+
+def test_outputs_appear_together_or_not_at_all(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a", "b")]
+    for file in files:
+        file.write_text("mine")
+    with pytest.raises(OSError, match="full"), appearing(*files) as partials:  # noqa: PT012
+        partials[0].write_text("half")
+        raise OSError("the disk is full")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "mine", "b": "mine"}
+    with appearing(*files) as partials:
+        for partial in partials:
+            partial.write_text("whole")
+        partials[1].chmod(0o600)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "whole", "b": "whole"}
+    assert files[0].stat().st_mode == files[1].stat().st_mode
+
+
+def test_features_are_not_written_over_their_list(
+    commands: CommandLine, pretrained: Path, photos: Path, tmp_path: Path
+) -> None:
+    ended = commands("mpm", "features", pretrained, photos, "-o", tmp_path / "out.csv")
+    assert ended.status == 2
+    assert "out.csv is where the image of each row is listed; give the features another" in ended.complaint
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_evaluation_repeats_the_test_of_the_run(
     commands: CommandLine, finetuned: Path, tmp_path: Path
 ) -> None:
@@ -202,6 +273,7 @@ def test_features_are_those_of_the_loaded_network(
     ended = commands("mpm", "features", run, photos, "-o", out, "--labels")
     assert ended.status == 0, ended.err
     assert "1 could not be read" in ended.err.replace("images ", "")
+    assert {file.stat().st_mode for file in tmp_path.iterdir()} == {out.with_suffix(".csv").stat().st_mode}
     names = list(rows_of(out.with_suffix(".csv").read_text()))
     with safe_open(out, "pt") as file:
         features, labels = file.get_tensor("features"), file.get_tensor("labels")
@@ -275,6 +347,13 @@ def test_dry_run_tells_the_facts_and_leaves_nothing_behind(
 def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
     """Every file below a folder, with the time of its last change."""
     return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_log_of_a_run_takes_what_is_no_utf8(tmp_path: Path) -> None:
+    _log_to(tmp_path / "log.txt")
+    logging.getLogger("mpm").warning("%s", os.fsdecode(b"caf\xe9"))
+    _stop_logging_to_files()
+    assert (tmp_path / "log.txt").read_text().endswith(r" caf\udce9" + "\n")
 
 
 def test_crash_of_ours_keeps_its_traceback(

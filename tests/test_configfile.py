@@ -119,6 +119,26 @@ def test_override_of_kind_does_not_hide_a_misspelt_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "word", "hint"),
+    [
+        ("tokenizers/debug", "mask.ratio=0.5", "a tokenizer has no mask, pretraining has; remove it"),
+        ("tokenizers/debug", "monitor.k=3", "a tokenizer has no monitor.k, pretraining has; remove it"),
+        ("debug", "objective.codes=8", "pretraining has no objective.codes, a tokenizer has; remove it"),
+        (
+            "finetune/debug",
+            "data.root=x",
+            "fine-tuning has no data.root, pretraining and a tokenizer have; did you mean data.train.root?",
+        ),
+    ],
+)
+def test_key_of_another_configuration_is_told(name: str, word: str, hint: str) -> None:
+    file = ROOT / f"{name}.yaml"
+    with pytest.raises(ConfigError) as caught:
+        load(file, [word], model_of(file))
+    assert str(caught.value).endswith(f" in override {word}; {hint}")
+
+
+@pytest.mark.parametrize(
     ("word", "text"),
     [
         ("optim.lr", '"optim.lr" is no key=value'),
@@ -126,6 +146,7 @@ def test_override_of_kind_does_not_hide_a_misspelt_key(tmp_path: Path) -> None:
         ("optim..lr=3", '"optim..lr=3" is no key=value'),
         ("seed.x=3", "override seed.x=3: seed is 0 and holds no keys"),
         ("optim.lr=[1", "the value of override optim.lr=[1 cannot be read"),
+        ("run.output_dir=caf\udce9", "run.output_dir=caf\udce9 is not UTF-8; use another name, or a link"),
         ("optim.lr=fast", 'override optim.lr=fast: optim.lr is "fast", expected a number'),
     ],
 )
@@ -142,7 +163,7 @@ def test_bad_override_is_one_line(word: str, text: str) -> None:
         (b"", "holds no keys"),
         (b"- 1\n", "holds no keys"),
         (b"seed: [1\n", "is no readable YAML"),
-        (b"\xff\xfe\x00", "is no readable YAML"),
+        (b"seed: 1\n# caf\xe9\n", ":2 is not UTF-8; save the file as UTF-8"),
         (b"seed: 1\nseed: 2\n", "line 2: seed is given twice; keep one"),
         (b"run: {keep: 1, keep: 2}\n", "line 1: run.keep is given twice; keep one"),
         (b"1: 2\n", "line 1: the key 1 is no name"),

@@ -155,12 +155,12 @@ def test_unreadable_images_have_no_codes_until_they_can_be_read(
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["seed=4"], "seed: 0 not 4"),
-        (["data.flip=false"], "data.flip: True not False"),
+        (["seed=4"], "with seed 0, not 4"),
+        (["data.flip=false"], "with data.flip true, not false"),
         (["data.crop_scale=[0.5, 1]"], "data.crop_scale"),
-        (["data.image_size=64"], "images"),
-        (["objective.target.crops=3"], "crops: 2 not 3"),
-        (["data.count=22"], "images"),
+        (["data.image_size=64"], "before the images synthetic changed"),
+        (["objective.target.crops=3"], "with crops 2, not 3"),
+        (["data.count=22"], "before the images synthetic changed"),
     ],
 )
 def test_another_experiment_does_not_get_these_codes(
@@ -177,7 +177,7 @@ def test_another_experiment_does_not_get_these_codes(
     assert experiment.create(torch.device("cpu"), is_new=True).codes is not None
     other = config_of(tokenizer, tmp_path, *words)
     for attempt in (tokenize, lambda config: MaskedPretraining(config).create("cpu", is_new=True)):
-        with pytest.raises(ValueError, match=r"give another objective\.target\.cache") as caught:
+        with pytest.raises(ValueError, match="give another file") as caught:
             attempt(other)
         assert named in str(caught.value)
 
@@ -195,10 +195,19 @@ def fingerprint_of(config: PretrainConfig) -> dict[str, Any]:
 
 
 def test_mistakes_are_told(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "notes.txt").write_text("which tokenizer?")
+    told = (
+        r"notes\.txt is text, not weights, so it is no tokenizer; give a run of configs/tokenizers, or a file"
+    )
+    with pytest.raises(ValueError, match=told):
+        tokenize(config_of(tmp_path / "notes.txt", tmp_path))
     with pytest.raises(ConfigError, match=r"objective\.target\.kind is pixels"):
         tokenize(pretrain_config(tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"objective\.target\.cache is not given"):
         tokenize(config_of(tokenizer, tmp_path, "objective.target.cache=null"))
+    for cache in (tmp_path, tmp_path / "mistyped" / "codes"):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"objective\.target\.cache .* folder"):
+            tokenize(config_of(Path("nowhere"), tmp_path, f"objective.target.cache={cache}"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="start it without torchrun"):
         tokenize(config_of(tokenizer, tmp_path))

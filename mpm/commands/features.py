@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from mpm import distributed
 from mpm.commands.inference import infer
+from mpm.commands.outputs import appearing
 from mpm.data.datasets import FolderImages
 from mpm.network import load
 
@@ -33,8 +34,14 @@ def write_features(
         workers: processes that read ahead.
 
     Raises:
-        ValueError: if the folder is missing, or no image can be read.
+        ValueError: if the folder is missing, no image can be read, or the output is to be called as the CSV.
     """
+    names = output.with_suffix(".csv")
+    if names == output:
+        raise ValueError(
+            f"{output} is where the image of each row is listed; give the features another ending, such as "
+            f"{output.with_suffix('.safetensors')}"
+        )
     network = load(checkpoint, device=distributed.start(device))
     source = FolderImages(folder, labels="folders" if labelled else "none", **network.reading)
     batches = list(infer(network, source, network.features, workers=workers))
@@ -46,12 +53,12 @@ def write_features(
         tensors["labels"] = torch.tensor([source.label(place) for place in places])
         metadata["classes"] = json.dumps(source.classes)
         columns["class"] = [source.classes[source.label(place)] for place in places]
-    save_file(tensors, output, metadata=metadata)
-    names = output.with_suffix(".csv")
-    with names.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
+    with appearing(names, output) as (names_partial, output_partial):
+        with names_partial.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
+        save_file(tensors, output_partial, metadata=metadata)
     n, D = tensors["features"].shape
     left_out = len(source) - n
     log.info("wrote %s: %d features of width %d; %d images could not be read", output, n, D, left_out)

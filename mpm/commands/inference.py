@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mpm.data.datasets import ImageSource
-from mpm.data.images import EXTENSIONS, read_image
+from mpm.data.images import EXTENSIONS, legible, read_image
 from mpm.data.loading import stack
 from mpm.data.views import EvalView
 from mpm.network import Network
@@ -59,8 +59,8 @@ class ImageFiles:
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """Path as given."""
-        return str(self._files[index])
+        """Path as given, see `legible`."""
+        return legible(self._files[index])
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:

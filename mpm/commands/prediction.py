@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mpm import distributed
 from mpm.commands.inference import ImageFiles, image_files, infer
+from mpm.commands.outputs import appearing
 from mpm.network import load
 
 __all__ = ["predict"]
@@ -57,17 +58,11 @@ def predict(
 
 @contextmanager
 def _opened(output: Path | None) -> Iterator[IO[str]]:
-    """A file that appears when it is whole; what stood there stays until then."""
     if output is None:
         yield sys.stdout
         return
-    partial = output.with_name(f"{output.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            yield file
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with appearing(output) as (partial,), partial.open("w", encoding="utf-8", newline="") as file:
+        yield file
 
 
 def _header(classes: Sequence[str]) -> list[str]:

@@ -61,7 +61,7 @@ def _stored(source: FolderImages) -> list[Stored]:
     places = np.random.default_rng(0).permutation(len(source))[:_LOOKED_AT]
     for place in places.tolist():
         try:
-            found.append(stored_image(source.root / source.name(place)))
+            found.append(stored_image(source.path(place)))
         except UnreadableImage as error:
             reason = str(error)
     if not found:

@@ -12,7 +12,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from mpm import build
 from mpm.config import CodeTarget, PretrainConfig
 from mpm.configfile import ConfigError
-from mpm.data.codes import CodeCache
+from mpm.data.codes import CodeCache, check_place
 from mpm.data.loading import ViewDataset, train_loader
 from mpm.data.stream import SampleKey
 from mpm.data.substitution import Substituting
@@ -40,6 +40,7 @@ def tokenize(config: PretrainConfig) -> str:
 
     Raises:
         ConfigError: if the configuration names no cache, or this is one of several processes.
+        FileNotFoundError: if there is no folder for the file, or no tokenizer.
         ValueError: if the file holds codes of something else, or the codebook has collapsed.
         OSError: if the disk is full or another process fills the file; what is done stays.
     """
@@ -53,6 +54,7 @@ def tokenize(config: PretrainConfig) -> str:
             "objective.target.cache is not given; name the file: "
             "objective.target.cache=FILE objective.target.crops=10"
         )
+    check_place(stated.cache)  # before all the work
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("mpm tokenize is one process; start it without torchrun")
     with started(config) as device, StopRequest() as stop:

@@ -125,7 +125,7 @@ def _add_predict(commands: Any) -> None:
         "tell the classes of images, as CSV",
         more="Columns: image, class, probability, then the probability of each class; with more than 20\n"
         "classes the second to fifth best class and their probabilities. Images that cannot be read are\n"
-        "named on stderr, left out and counted.",
+        "named on stderr, left out and counted. Bytes of a name that are not UTF-8 are written as \\xE9.",
         example="mpm predict runs/flowers photos/ more/rose.jpg -o classes.csv",
     )
     _add_checkpoint(command, "of fine-tuning")
@@ -174,7 +174,8 @@ def _add_features(commands: Any) -> None:
         "features",
         "write the feature vectors of a folder of images; nothing is masked",
         more="Writes `features` [n,D], the mean of the normalised patch tokens, and a CSV beside it that\n"
-        "names the image of each row. Images that cannot be read are left out and counted.",
+        "names the image of each row, bytes that are not UTF-8 as \\xE9. Images that cannot be read are\n"
+        "left out and counted.",
         example="mpm features runs/vitb_mae photos/ -o features.safetensors --labels",
     )
     _add_checkpoint(command, "of pretraining or fine-tuning")
@@ -221,7 +222,7 @@ def _add_import(commands: Any) -> None:
         help="file, folder, timm:NAME, timm:hf-hub:OWNER/NAME or timm:local-dir:FOLDER",
     )
     command.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write; new or empty"
+        "-o", "--output", type=_path, required=True, metavar="DIR", help="folder to write; new or empty"
     )
     command.add_argument(
         "--heads", type=_natural, metavar="N", help="attention heads, where the weights do not tell"
@@ -248,7 +249,7 @@ def _add_export(commands: Any) -> None:
     formats = ("timm", "safetensors", "onnx", "torch-export", "transformers")
     command.add_argument("--to", required=True, choices=formats, help="what will read it")
     text = "timm, transformers: a folder, new or empty; else a file, .safetensors, .onnx or .pt2"
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help=text)
+    command.add_argument("-o", "--output", type=_path, required=True, metavar="OUT", help=text)
 
 
 def _add_inspection(commands: Any) -> None:
@@ -327,8 +328,17 @@ def _folder(text: str) -> Path:
     return path
 
 
+def _path(text: str) -> Path:
+    """One that safetensors reads, and that a model card can tell."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"the name {text} is not UTF-8; use another, or a link") from None
+    return Path(text).expanduser()
+
+
 def _checkpoint(text: str) -> Path:
-    if not ((path := Path(text).expanduser()) / "config.yaml").is_file():
+    if not ((path := _path(text)) / "config.yaml").is_file():
         raise argparse.ArgumentTypeError(
             f"no checkpoint in {text}; give a run's folder or a checkpoints/step_* in it"
         )
@@ -336,7 +346,7 @@ def _checkpoint(text: str) -> Path:
 
 
 def _output(text: str) -> Path:
-    path = Path(text).expanduser()
+    path = _path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder; give a file")
     if not path.parent.is_dir():

@@ -85,15 +85,23 @@ def unknown_keys(sections: Sections, raw: Mapping[str, Any], prefix: str = "") -
             yield from unknown_keys(below, value, f"{prefix}{key}.")
 
 
-def suggestion(unknown: UnknownKey, everywhere: Sequence[str]) -> str:
-    """What the writer of an unknown key may have meant; `everywhere` holds all dotted names."""
+def suggestion(unknown: UnknownKey, everywhere: Sequence[str], *, elsewhere: str | None = None) -> str:
+    """What the writer of an unknown key may have meant.
+
+    Args:
+        unknown: the key.
+        everywhere: all dotted names of its configuration.
+        elsewhere: says which other configuration has a key of this name; None: there is none.
+    """
     prefix, dot, key = unknown.name.rpartition(".")
     here = _keys(at(unknown.sections, unknown.raw))
     if kinds := [str(kind_of(section)) for section in unknown.sections if key in section.model_fields]:
         return f"kind {unknown.raw.get('kind')} does not have it, only {' and '.join(kinds)}"
+    last = {name.rpartition(".")[2]: name for name in reversed(everywhere)}
+    if elsewhere is not None:
+        return f"{elsewhere}; " + (f"did you mean {last[key]}?" if key in last else "remove it")
     if near := _nearest(key, here):
         return f"did you mean {prefix}{dot}{near}?"
-    last = {name.rpartition(".")[2]: name for name in reversed(everywhere)}
     if near := _nearest(key, list(last)):
         return f"did you mean {last[near]}?"
     return f"the keys there are {', '.join(here)}"

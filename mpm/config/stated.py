@@ -36,12 +36,18 @@ class Stated:
         A key replaces its alternative (steps, epochs); another `kind` drops keys that only the former has.
 
         Raises:
-            ValueError: if it is no `key=value`, or goes below a plain value.
+            ValueError: if it is no `key=value`, is not UTF-8, or goes below a plain value.
         """
         key, equals, text = word.partition("=")
         key = key.strip()
         if not equals or not all(key.split(".")):
             raise ValueError(f'"{word}" is no key=value; write for example optim.lr=3e-4')
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # the name of a file; YAML holds no such text
+            raise ValueError(
+                f"the value of override {word} is not UTF-8; use another name, or a link"
+            ) from None
         try:
             value = parse(text).value
         except (yaml.YAMLError, ValueError) as error:

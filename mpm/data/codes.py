@@ -1,6 +1,5 @@
 """Codes of crops that are seen again: computed once, kept in one file, and read through a memory map."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -13,12 +12,12 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-__all__ = ["LARGEST_VOCABULARY", "CodeCache"]
+from mpm.data.code_header import BLOCK, MAGIC, check_same, padded, plain, read_header, size_of
+
+__all__ = ["LARGEST_VOCABULARY", "CodeCache", "check_place"]
 
 LARGEST_VOCABULARY = 2**16  # of 16 bits
 
-_MAGIC = "mpm codes 1"
-_BLOCK = 4096  # header and states end at multiples of it
 _MISSING, _DONE, _UNREADABLE = 0, 1, 2  # states of a row
 _PATIENCE_S = 5  # of work that a power failure may cost
 
@@ -67,47 +66,49 @@ class CodeCache:
         """A cache to be filled: a new one, or the rest of the one that is there.
 
         Args:
-            path: of the file; its folder is created.
-            fingerprint: what the codes depend on, plain data for JSON.
+            path: of the file.
+            fingerprint: what the codes depend on, plain data for JSON. Of a mapping with `sha256`, `of` says
+                where that lay, and is not compared.
             crops: crops of an image.
             images: of the source.
             num_patches: N.
             vocab_size: V.
 
         Raises:
+            FileNotFoundError: if there is no folder for it.
             ValueError: if the file is of something else, V is too large or the disk too small.
             BlockingIOError: if another process is filling it.
         """
         path = Path(path)
+        check_place(path)
         if vocab_size > LARGEST_VOCABULARY:
             raise ValueError(
                 f"a vocabulary of {vocab_size} does not fit 16 bits; codes can be cached up to "
                 f"{LARGEST_VOCABULARY}, remove objective.target.cache"
             )
         header = {
-            "fingerprint": _plain(fingerprint),
+            "fingerprint": plain(fingerprint),
             "crops": crops,
             "images": images,
             "num_patches": num_patches,
             "vocab_size": vocab_size,
         }
         text = json.dumps(header, indent=1)
-        start = _padded(len(f"{_MAGIC} {0:08d}\n{text}\n"))
-        size = _size(header, start)
+        start = padded(len(f"{MAGIC} {0:08d}\n{text}\n"))
+        size = size_of(header, start)
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             _check_space(path, size)
             path.touch()
         file = path.open("r+b", buffering=0)
         try:
             _lock(file, path)
-            if not any(file.read(_BLOCK)):  # new, or whoever created it was killed
+            if not any(file.read(BLOCK)):  # new, or whoever created it was killed
                 os.ftruncate(file.fileno(), size)
                 os.fsync(file.fileno())
-                _write(file, f"{_MAGIC} {start:08d}\n{text}".ljust(start - 1).encode() + b"\n", 0)
+                _write(file, f"{MAGIC} {start:08d}\n{text}".ljust(start - 1).encode() + b"\n", 0)
                 os.fsync(file.fileno())
-            found, start = _read_header(path)
-            _check_same(path, found, header)
+            found, start = read_header(path)
+            check_same(path, found, header)
         except BaseException:
             file.close()
             raise
@@ -126,13 +127,14 @@ class CodeCache:
             ValueError: if the codes are of something else, or incomplete.
         """
         path = Path(path)
+        check_place(path)
         if not path.exists():
             raise FileNotFoundError(
-                f"there are no cached codes at {path}; run mpm tokenize CONFIG first, "
-                "or remove objective.target.cache"
+                f"there are no cached codes at objective.target.cache {path}; run mpm tokenize CONFIG first, "
+                "or remove the key"
             )
-        header, start = _read_header(path)
-        _check_same(path, header, {**header, "fingerprint": _plain(fingerprint)})
+        header, start = read_header(path)
+        check_same(path, header, {**header, "fingerprint": plain(fingerprint)})
         cache = cls(path, header, start)
         if not cache.is_complete:
             done, total = cache.progress
@@ -228,7 +230,7 @@ class CodeCache:
 
     @property
     def _codes_start(self) -> int:
-        return self._start + _padded(self.crops * self.images)
+        return self._start + padded(self.crops * self.images)
 
     @cached_property
     def _states(self) -> np.ndarray:
@@ -240,13 +242,19 @@ class CodeCache:
         return np.memmap(self.path, "<u2", "r", self._codes_start, shape)
 
 
-def _padded(size: int) -> int:
-    return -(-size // _BLOCK) * _BLOCK
+def check_place(path: Path) -> None:
+    """Whether a file of codes can lie at a path.
 
-
-def _size(header: Mapping[str, Any], start: int) -> int:
-    rows = header["crops"] * header["images"]
-    return start + _padded(rows) + 2 * rows * header["num_patches"]
+    Raises:
+        FileNotFoundError: if there is no folder for it.
+        ValueError: if it is a folder.
+    """
+    if path.is_dir():
+        raise ValueError(f"objective.target.cache {path} is a folder; give a file, as {path / 'codes.bin'}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"objective.target.cache {path}: there is no folder {path.parent}; make it first, or correct the path"
+        )
 
 
 def _check_space(path: Path, size: int) -> None:
@@ -278,49 +286,3 @@ def _write(file: BinaryIO, data: bytes, offset: int) -> None:
     while rest:
         written = os.pwrite(file.fileno(), rest, offset)
         rest, offset = rest[written:], offset + written
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header, and how many bytes it takes."""
-    with path.open("rb") as file:
-        *magic, start = file.readline(_BLOCK).decode("ascii", errors="replace").split() or [""]
-        header: Any = None
-        with contextlib.suppress(ValueError):
-            if " ".join(magic) == _MAGIC:
-                file.seek(0)
-                header = json.loads(file.read(int(start)).split(b"\n", 1)[1])
-    if header is None:
-        raise ValueError(f"{path} is no file of codes; give another objective.target.cache")
-    have, want = path.stat().st_size, _size(header, int(start))
-    if have != want:
-        raise ValueError(
-            f"{path} is damaged, it has {have} bytes and not {want}; remove it and run mpm tokenize CONFIG"
-        )
-    return header, int(start)
-
-
-def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    have, want = _flat(found), _flat(wanted)
-    for key in [*want, *have]:
-        if have.get(key) != want.get(key):
-            name = key.removeprefix("fingerprint.")
-            raise ValueError(
-                f"the codes in {path} are of another {name}: {have.get(key)} not {want.get(key)}; "
-                "give another objective.target.cache, or remove the file, and run mpm tokenize CONFIG"
-            )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves by their dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _plain(tree: Mapping[str, Any]) -> Any:
-    """As it comes back from JSON: tuples as lists."""
-    return json.loads(json.dumps(tree))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpm.data.channels import with_channels
 from mpm.data.folder_index import PathTable, indexed_paths, main_process_first
-from mpm.data.images import EXTENSIONS, read_image
+from mpm.data.images import EXTENSIONS, legible, read_image
 
 
 class ImageSource(Protocol):
@@ -35,7 +35,7 @@ class ImageSource(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """What a person finds the image by."""
+        """What a person finds the image by; it can be written as UTF-8."""
         ...
 
 
@@ -83,7 +83,7 @@ class FolderImages:
     def read(self, index: int) -> Tensor:
         """[C,H,W] uint8, or float32 in [0, 1]."""
         return read_image(
-            self.root / self.name(index),
+            self.path(index),
             channels=self.channels,
             background=self.background,
             max_value=self.max_value,
@@ -93,9 +93,13 @@ class FolderImages:
         """Number of the class folder."""
         return int(self._labels[index])
 
+    def path(self, index: int) -> Path:
+        """Of the file."""
+        return self.root / os.fsdecode(self._paths[index])
+
     def name(self, index: int) -> str:
-        """Path relative to the root."""
-        return os.fsdecode(self._paths[index])
+        """Path relative to the root, see `legible`."""
+        return legible(self._paths[index])
 
 
 def _first_folders(paths: PathTable, root: Path) -> tuple[tuple[str, ...], np.ndarray]:
@@ -106,11 +110,11 @@ def _first_folders(paths: PathTable, root: Path) -> tuple[tuple[str, ...], np.nd
         folder, inside, _ = path.partition(separator)
         if not inside:
             raise ValueError(
-                f"{os.fsdecode(path)} lies directly in {root}, outside any class folder; "
+                f"{legible(path)} lies directly in {root}, outside any class folder; "
                 "move the images to one folder a class (root/class/image.jpg)"
             )
         labels[index] = numbers.setdefault(folder, len(numbers))
-    return tuple(os.fsdecode(folder) for folder in numbers), labels
+    return tuple(legible(folder) for folder in numbers), labels
 
 
 # What torchvision calls the splits of each set.
@@ -179,7 +183,7 @@ class TorchvisionImages:
     def read(self, index: int) -> Tensor:
         """[C,H,W] uint8."""
         if self._pixels is None:
-            return read_image(self.name(index), channels=self.channels)
+            return read_image(os.fsdecode(self._paths[index]), channels=self.channels)
         pixels = self._pixels[index]
         if len(pixels) == self.channels:
             return pixels
@@ -191,7 +195,9 @@ class TorchvisionImages:
 
     def name(self, index: int) -> str:
         """Path of the file, or set, split and number where all images are in one file."""
-        return os.fsdecode(self._paths[index]) if self._pixels is None else f"{self._prefix}/{index}"
+        if self._pixels is None:
+            return legible(self._paths[index])
+        return f"{self._prefix}/{index}"
 
 
 def _open_torchvision(name: str, root: Path, split: dict[str, Any], *, download: bool) -> Any:

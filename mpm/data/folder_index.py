@@ -131,9 +131,10 @@ def _build(root: Path, candidates: list[Path]) -> PathTable:
             "the list of images cannot be kept, neither in %s nor in %s", *(c.parent for c in candidates)
         )
         return paths
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as temporary:
+    with tempfile.TemporaryDirectory(dir=file.parent) as temporary:  # a temporary file is its owner's alone
+        whole = Path(temporary) / "index.npz"
         np.savez(
-            temporary,
+            whole,
             version=np.array(_VERSION),
             directories=directories.text,
             directory_ends=directories.ends,
@@ -141,7 +142,7 @@ def _build(root: Path, candidates: list[Path]) -> PathTable:
             paths=paths.text,
             path_ends=paths.ends,
         )
-    Path(temporary.name).replace(file)
+        whole.replace(file)
     return paths
 
 

@@ -34,6 +34,11 @@ class UnreadableImage(ValueError):
     """A file that holds no readable image: damaged, truncated, missing or of an unknown format."""
 
 
+def legible(path: str | bytes | os.PathLike[str]) -> str:
+    r"""A path as text that can be written anywhere: bytes that are not UTF-8 become \xE9 and the like."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 class _Decoded(NamedTuple):
     pixels: Tensor | np.ndarray  # [C,H,W]
     has_alpha: bool  # the last channel is opacity
@@ -64,8 +69,8 @@ def read_image(
         UnreadableImage: if the file is damaged, missing, or in no known format.
         ValueError: if its channels or values do not fit what was asked for.
     """
-    name = os.fspath(path)
-    pixels, has_alpha = _decoded(name, channels)
+    name = legible(path)
+    pixels, has_alpha = _decoded(path, channels)
     if isinstance(pixels, np.ndarray) and pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         raise UnreadableImage(f"cannot read {name}: it holds values that are not finite")
     pixels = as_stored_depth(pixels, max_value=max_value, name=name)
@@ -94,7 +99,7 @@ def stored_image(path: str | os.PathLike[str]) -> Stored:
     Raises:
         UnreadableImage: as `read_image`.
     """
-    pixels, has_alpha = _decoded(os.fspath(path), channels=0)
+    pixels, has_alpha = _decoded(path, channels=0)
     values = torch.as_tensor(pixels.astype(np.float64)) if isinstance(pixels, np.ndarray) else pixels
     minimum, maximum = torch.aminmax(values.double())
     return Stored(
@@ -102,12 +107,12 @@ def stored_image(path: str | os.PathLike[str]) -> Stored:
     )
 
 
-def _decoded(name: str, channels: int) -> _Decoded:
+def _decoded(path: str | os.PathLike[str], channels: int) -> _Decoded:
     try:
-        return _decode(np.fromfile(name, dtype=np.uint8), channels)
+        return _decode(np.fromfile(path, dtype=np.uint8), channels)
     except _DECODER_ERRORS as error:
         reason = str(error).split("\n")[0] or type(error).__name__
-        raise UnreadableImage(f"cannot read {name}: {reason}") from error
+        raise UnreadableImage(f"cannot read {legible(path)}: {reason}") from error
 
 
 def _decode(data: np.ndarray, channels: int) -> _Decoded:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["Weights", "read_json", "read_weights", "some", "unwrap"]
+__all__ = ["NotWeights", "Weights", "read_json", "read_weights", "some", "unwrap"]
 
 # where training scripts keep the weights; the first that is there counts
 _WRAPPERS = (
@@ -56,6 +56,13 @@ _BROKEN = (
     struct.error,
     pickle.UnpicklingError,
 )
+
+
+_TORCH = (b"PK", b"\x80")  # a zip archive, before torch 1.6 a pickle
+
+
+class NotWeights(ValueError):
+    """A file of another kind. Who asked for weights knows what else would do."""
 
 
 class Weights(NamedTuple):
@@ -98,6 +105,7 @@ def read_weights(path: str | Path) -> Weights:
 
     Raises:
         FileNotFoundError: if there is none.
+        NotWeights: if it is a file of another kind.
         ValueError: if it is broken, holds no weights, or would run code.
     """
     path = Path(path)
@@ -196,15 +204,20 @@ def _read_file(path: Path) -> Weights:
 
 
 def _refuse_what_is_no_checkpoint(path: Path) -> None:
-    """What downloads leave behind when they go wrong."""
+    """What downloads leave behind when they go wrong, and files of other kinds."""
     with path.open("rb") as file:
-        start = file.read(256).lstrip().lower()
+        head = file.read(256)
+    start = head.lstrip().lower()
     if not start:
         raise ValueError(f"{path} is empty; download it again")
     if start.startswith(b"<"):
         raise ValueError(f"{path} is a web page, not weights; download the file that the page offers")
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} only points to its content; fetch it with git lfs pull")
+    if re.fullmatch(rb"[\t\n\r\x20-\x7e]+", head):
+        raise NotWeights(f"{path} is text, not weights")
+    if path.suffix != ".safetensors" and not head.startswith(_TORCH):
+        raise NotWeights(f"{path} holds no weights, by its first bytes")
 
 
 def _load_plain(path: Path) -> Any:

@@ -17,8 +17,9 @@ from mpm.interop.files import Weights, read_json
 from mpm.interop.official import Official, official_of
 from mpm.interop.timm_twins import check_timm_architecture, check_timm_arguments, check_timm_model
 
-__all__ = ["create_timm", "load_timm"]
+__all__ = ["OutOfReach", "create_timm", "load_timm"]
 
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".npz")
 # unknown names, missing or broken files, no connection, a file that would run code
 _NOT_HAD = (
     RuntimeError,
@@ -31,6 +32,10 @@ _NOT_HAD = (
     SafetensorError,
     pickle.UnpicklingError,
 )
+
+
+class OutOfReach(ValueError):
+    """Weights are not on this disk, and the hub does not answer."""
 
 
 def load_timm(name: str, *, image_size: tuple[int, int] | None = None) -> Official:
@@ -64,20 +69,57 @@ def create_timm(name: str, *, check: Callable[[Mapping[str, Any]], None] = check
         check: of the config.json of a folder or of the hub, which may be anyone's; raises ValueError.
 
     Raises:
+        OutOfReach: if they would have to be downloaded, and cannot be.
         ValueError: if timm has no such weights, they cannot be had, or would run code, or config.json asks
             for more than an architecture.
     """
     import timm
 
     try:
+        _check_reach(name)
         _check_config(name, check)
         with _plain_tensors_only():
             return timm.create_model(name, pretrained=True)
+    except OutOfReach:
+        raise
     except _NOT_HAD as error:
         reason = " ".join(str(error).split())
         if "weights_only" in reason:  # torch's words, which advise to run it
             reason = "their file would run code, and mpm reads plain tensors only"
         raise ValueError(f"timm gives no weights for {name}: {reason}{_near(name)}") from error
+
+
+def _check_reach(name: str) -> None:
+    """Ask the hub once for what is not on this disk; its own download asks for most of a minute.
+
+    Raises:
+        OutOfReach: if it does not answer.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
+    from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, LocalEntryNotFoundError
+    from timm.models import get_pretrained_cfg, parse_model_name
+
+    source, place = parse_model_name(name)
+    if not source:  # timm's own
+        place = getattr(get_pretrained_cfg(place), "hf_hub_id", None) or ""
+    if source == "local-dir" or not place:
+        return
+    repository, _, tag = place.partition("@")
+    revision = tag or None
+    with contextlib.suppress(LocalEntryNotFoundError):
+        kept = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        if any(file.suffix in _WEIGHTS for file in kept.rglob("*")):
+            return
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, "config.json", revision=revision))
+    except (HfHubHTTPError, FileMetadataError):
+        return  # it answers, and timm says what
+    except Exception as error:  # of the HTTP client, which is another one in each major version of the hub's
+        reason = " ".join(str(error).split())
+        raise OutOfReach(
+            f"timm gives no weights for {name}: they are not on this disk, and the Hugging Face hub cannot "
+            f"be reached ({reason}); connect once, and they stay here"
+        ) from error
 
 
 def _check_config(name: str, check: Callable[[Mapping[str, Any]], None]) -> None:

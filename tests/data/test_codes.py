@@ -18,7 +18,7 @@ FINGERPRINT = {
     "crops": 2,
     "images": 30,
     "seed": 0,
-    "tokenizer": "5f3a",
+    "tokenizer": {"sha256": "5f3a", "of": "runs/a"},
     "data": {"crop_scale": (0.2, 1.0), "flip": True},
 }
 
@@ -43,7 +43,7 @@ def fill(cache: CodeCache, *, rows: int = 7) -> None:
 
 @pytest.mark.parametrize("vocab_size", [50, 65536])
 def test_what_is_written_is_read(tmp_path: Path, vocab_size: int) -> None:
-    path = tmp_path / "new" / "folder" / "codes"
+    path = tmp_path / "codes"
     fill(create(path, vocab_size=vocab_size))
     cache = CodeCache.open(path, fingerprint=FINGERPRINT)
     assert cache.is_complete
@@ -67,7 +67,7 @@ def test_header_is_text_that_people_can_read(tmp_path: Path) -> None:
     create(tmp_path / "codes").close()
     line, text = (tmp_path / "codes").read_bytes()[:4096].decode("ascii").split("\n", 1)
     assert line == "mpm codes 1 00004096"
-    assert json.loads(text)["fingerprint"]["tokenizer"] == "5f3a"
+    assert json.loads(text)["fingerprint"]["tokenizer"]["of"] == "runs/a"
 
 
 def test_large_fingerprints_have_room(tmp_path: Path) -> None:
@@ -156,34 +156,48 @@ def test_creation_that_was_killed_is_repeated(tmp_path: Path, left: str) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 3}, "another seed: 0 not 3"),
-        ({"tokenizer": "77"}, "another tokenizer: 5f3a not 77"),
-        (
-            {"data": {"crop_scale": (0.08, 1.0), "flip": True}},
-            "another data.crop_scale: [0.2, 1.0] not [0.08",
-        ),
-        ({"data": {"crop_scale": (0.2, 1.0)}}, "another data.flip: True not None"),
+        ({"seed": 3}, "with seed 0, not 3"),
+        ({"tokenizer": {"sha256": "77", "of": "runs/b"}}, "with the tokenizer runs/a, not runs/b"),
+        ({"tokenizer": {"sha256": "77", "of": "runs/a"}}, "before the tokenizer runs/a changed"),
+        ({"data": {"crop_scale": (0.08, 1.0), "flip": True}}, "with data.crop_scale [0.2, 1.0], not [0.08, 1.0]"),
+        ({"data": {"crop_scale": (0.2, 1.0)}}, "with data.flip true, not null"),
     ],
 )
 def test_codes_of_something_else_are_refused_by_name(tmp_path: Path, change: dict, message: str) -> None:
     fill(create(tmp_path / "codes"))
     for attempt in (create, CodeCache.open):
-        with pytest.raises(ValueError, match=r"give another objective\.target\.cache") as caught:
+        with pytest.raises(ValueError, match="was filled") as caught:
             attempt(tmp_path / "codes", fingerprint=FINGERPRINT | change)
-        assert message in str(caught.value)
-        assert str(tmp_path / "codes") in str(caught.value)
-        assert "\n" not in str(caught.value)
+        assert str(caught.value) == (
+            f"objective.target.cache {tmp_path / 'codes'} was filled {message}; give another file, or remove "
+            "this one, and run mpm tokenize CONFIG"
+        )
+
+
+def test_a_tokenizer_that_was_moved_is_the_same(tmp_path: Path) -> None:
+    fill(create(tmp_path / "codes"))
+    moved = FINGERPRINT | {"tokenizer": {"sha256": "5f3a", "of": "runs/b"}}
+    assert CodeCache.open(tmp_path / "codes", fingerprint=moved).is_complete
+
+
+def test_codes_lie_in_a_file_in_a_folder_that_is_there(tmp_path: Path) -> None:
+    for attempt in (create, CodeCache.open):
+        with pytest.raises(ValueError, match=r"objective\.target\.cache .* is a folder; give a file, as .*/codes"):
+            attempt(tmp_path, fingerprint=FINGERPRINT)
+        with pytest.raises(FileNotFoundError, match=r"there is no folder .*/mistyped; make it first"):
+            attempt(tmp_path / "mistyped" / "codes", fingerprint=FINGERPRINT)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_sizes_are_refused_by_name(tmp_path: Path) -> None:
     create(tmp_path / "codes").close()
-    with pytest.raises(ValueError, match="another num_patches: 6 not 8"):
+    with pytest.raises(ValueError, match="with num_patches 6, not 8"):
         create(tmp_path / "codes", num_patches=8)
 
 
 def test_missing_foreign_and_damaged_files(tmp_path: Path) -> None:
     path = tmp_path / "codes"
-    with pytest.raises(FileNotFoundError, match=r"no cached codes at .*codes; run mpm tokenize"):
+    with pytest.raises(FileNotFoundError, match=r"no cached codes at objective\.target\.cache .*codes; run mpm"):
         CodeCache.open(path, fingerprint=FINGERPRINT)
     for foreign in (b"seed: 0\n", b"\xff\xd8\xff" * 5000, b"mpm codes 1 00004096\n{]", b"mpm codes 1 x\n"):
         path.write_bytes(foreign)

@@ -1,3 +1,4 @@
+import os
 import pickle
 import struct
 from functools import partial
@@ -43,6 +44,18 @@ def test_first_folders_are_the_classes(tree: Path) -> None:
     assert source.classes == ("a", "b", "c")
     assert [source.label(index) for index in range(4)] == [0, 0, 1, 2]
     assert source.read(0).shape == (1, 3, 4)
+
+
+def test_names_that_are_not_utf8_can_be_written(tmp_path: Path) -> None:
+    folder, name = tmp_path / os.fsdecode(b"caf\xe9"), os.fsdecode(b"na\xefve \xc3\xa4.png")
+    write(folder / name, 7)
+    (folder / os.fsdecode(b"torn\xff.png")).write_bytes(b"torn")
+    source = FolderImages(tmp_path, channels=3, labels="folders")
+    assert source.classes == (r"caf\xe9",)
+    assert [source.name(index) for index in range(2)] == [r"caf\xe9/na\xefve ä.png", r"caf\xe9/torn\xff.png"]
+    assert int(source.read(0)[0, 0, 0]) == 7
+    with pytest.raises(ValueError, match=r"cannot read .*/caf\\xe9/torn\\xff\.png: not a JPEG"):
+        source.read(1)
 
 
 def test_labels_of_a_flat_folder_are_refused_with_the_fix(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -94,6 +95,18 @@ def test_unknown_teacher_is_told_with_near_names(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_teacher_that_cannot_be_fetched_is_told_with_those_that_need_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    told = (
+        r"no weights for test_vit: they are not on this .*; objective\.teacher\.kind=hog and pixels need no"
+    )
+    with pytest.raises(ValueError, match=told):
+        TokenizerTraining(tokenizer_config(tmp_path, *taught_by("timm:test_vit")))
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_images_have_the_teachers_channels_or_are_grey(channels: int, tmp_path: Path) -> None:
     teacher = teacher_folder(tmp_path / "teacher")
@@ -126,7 +139,7 @@ def test_identity_is_that_of_the_teachers_weights_before_they_are_resampled(
         for teacher, side in ((teachers[0], 16), (teachers[0], 24), (teachers[1], 16))
     )
     assert one.identity == larger.identity != other.identity
-    assert len(one.identity["teacher"]) == 64
+    assert len(one.identity["objective.teacher.checkpoint"]) == 64
 
 
 def test_without_a_network_that_teaches_there_is_nothing_to_remember(tmp_path: Path) -> None:
@@ -142,7 +155,7 @@ def test_run_is_not_continued_with_another_teacher(tmp_path: Path) -> None:
     weights = (tmp_path / "teacher" / "model.safetensors").read_bytes()
     torch.manual_seed(1)  # the run has set it to 0
     teacher_folder(tmp_path / "teacher")
-    with pytest.raises(ValueError, match="there is another teacher than when"):
+    with pytest.raises(ValueError, match=r"^objective\.teacher\.checkpoint .* has other weights than when"):
         pretrain(config)
     (tmp_path / "teacher" / "model.safetensors").write_bytes(weights)
     pretrain(config)

@@ -135,14 +135,18 @@ def test_settings_and_results_beside_the_weights_need_none_of_their_code(
         (b"\n<html>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
         (b"PK\x03\x04 but no archive", "cut short"),
-        (bytes(range(256)), "cut short"),
-        (b"weights", "cut short"),
+        (b"my weights,\r\n\tin words\n", "is text, not weights"),
     ],
 )
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
 def test_what_downloads_leave_behind_is_told(tmp_path: Path, content: bytes, message: str, name: str) -> None:
     (tmp_path / name).write_bytes(content)
     assert message in _refusal(tmp_path / name)
+
+
+def test_a_file_of_another_kind_is_told_by_its_first_bytes(tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert _refusal(tmp_path / "x.pth").endswith("x.pth holds no weights, by its first bytes")
 
 
 @pytest.mark.parametrize("name", ["x.pth", "legacy.pth", "x.safetensors"])

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
-from mpm.interop.timm_hub import create_timm, load_timm
+from mpm.interop.timm_hub import OutOfReach, create_timm, load_timm
 from tests.interop.published import CASES, CLASSES, HEADS, SIDE, SIZES, published
 
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -43,6 +44,35 @@ def write_folder(folder: Path, **arguments: Any) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(facts))
     return folder
+
+
+@pytest.fixture
+def waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that somebody wanted to sleep; the hub is at a port that nobody listens to, its cache empty."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    return waited
+
+
+@pytest.mark.parametrize("name", ["test_vit.r160_in1k", "hf-hub:timm/test_vit.r160_in1k"])
+def test_weights_that_cannot_be_fetched_are_told_at_once(name: str, waits: list[float]) -> None:
+    with pytest.raises(OutOfReach, match=f"for {name}: they are not on this disk, and .* cannot be reached"):
+        create_timm(name)
+    assert waits == []
+
+
+def test_weights_on_the_disk_need_no_connection(tmp_path: Path, waits: list[float]) -> None:
+    trained = timm.create_model("test_vit.r160_in1k", pretrained=False).state_dict()
+    repository, commit = tmp_path / "hub" / "models--timm--test_vit.r160_in1k", "0" * 40
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    save_file(trained, repository / "snapshots" / commit / "model.safetensors")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    state = create_timm("test_vit.r160_in1k").state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in trained.items())
+    assert waits == []
 
 
 def test_a_folder_is_read_with_its_facts(tmp_path: Path) -> None:
@@ -135,6 +165,7 @@ def test_the_config_of_the_hub_is_checked_before_its_weights_are_fetched(
 ) -> None:
     facts: Any = ({}, "vit_tiny_patch16_224", {"checkpoint_path": "evil.pth"})
     monkeypatch.setattr(timm.models, "load_model_config_from_hf", lambda name: facts)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: None)  # it answers
     with pytest.raises(ValueError, match="has checkpoint_path, which is no part"):
         read("hf-hub:someone/evil")
 
