@@ -118,6 +118,7 @@ def _finetune(
             "parameters": build.parameters(network),
             "forward": f"{macs / 1e9:.3g} GMACs an image",
             "starts from": str(trunk.path) if trunk else "scratch",
+            **({"saves": "what it trains; keep what it starts from"} if "base" in metadata else {}),
             "classes": str(len(data.classes)),
             **build.facts(config, schedule, num_images=len(data.train), device=device, start=start),
         }
