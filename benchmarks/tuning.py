@@ -216,6 +216,8 @@ def network_of(case: Case, part: str) -> Any:
 
 def start(case: Case, part: str, device: torch.device) -> Callable[[], object]:
     """One step of fine-tuning as a function, with this process set up for it; `bare` builds nothing."""
+    import torch._dynamo  # which an optimizer imports; `bare` has none
+
     from mpm.objectives.supervised import Classification, LabelledInputs, cross_entropy
     from mpm.training.allocator import keep_freed_memory
     from mpm.training.loop import train_steps
