@@ -5,6 +5,7 @@ command goes on after any stop.
 """
 
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -40,6 +41,18 @@ def run_grid(jobs: Iterable[Job], results: Results, *, finished: set[str], paral
                 print(f"{record['name']} failed: {error}", file=sys.stderr)
                 continue
             results.add(record | {"outcome": done.result()}, f"{record['name']} finished")
+
+
+def curve(folder: Path, name: str) -> dict[int, float]:
+    """A metric of a run by step."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    """In per cent, of a sample, with its size."""
+    deviation = f"{100 * statistics.stdev(values):.2f}" if len(values) > 1 else "-"
+    return f"{100 * statistics.mean(values):6.2f} +- {deviation:>5} ({len(values)})"
 
 
 def train(

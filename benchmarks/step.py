@@ -39,7 +39,6 @@ saved, for both.
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
@@ -47,14 +46,14 @@ import sys
 import time
 from collections.abc import Callable
 from itertools import repeat
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.measuring import Comparison, Results, interleaved, peak_memory_bytes, significant
+from benchmarks.processes import StepProcess
 
 CONFIG = Path(__file__).parents[1] / "configs/vitb_mae.yaml"
 TIMM_NAMES = {
@@ -330,48 +329,6 @@ def start(contender: Contender, size: str, count: int, device: torch.device) -> 
     return steps[contender.library](contender, size, random_batch(count), device)
 
 
-def serve(connection: Connection, contender: Contender, size: str, count: int, device: torch.device) -> None:
-    """A contender's process: takes numbers of steps, gives their seconds; None asks for the peak memory."""
-    step = start(contender, size, count, device)
-    while (steps := connection.recv()) is not None:
-        seconds = []
-        for _ in range(steps):
-            begin = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - begin)
-        connection.send(seconds)
-    connection.send(peak_memory_bytes(device))
-
-
-class Process:
-    """A contender in a process of its own."""
-
-    def __init__(self, contender: Contender, size: str, count: int, device: torch.device):
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, contender, size, count, device))
-        self._process.start()
-        theirs.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._connection.close()  # ends its wait
-        self._process.join(10)
-        self._process.terminate()
-
-    def run(self, steps: int) -> list[float]:
-        self._connection.send(steps)
-        return self._connection.recv()
-
-    def peak_memory_bytes(self) -> int:
-        self._connection.send(None)
-        return self._connection.recv()
-
-
 def compare(
     pair: tuple[Contender, Contender],
     size: str,
@@ -390,7 +347,10 @@ def compare(
         for dtype, measured in ceilings.items():
             measured.append(matmul_flops_per_s(device, DTYPES[dtype]))
 
-    with Process(pair[0], size, count, device) as ours, Process(pair[1], size, count, device) as theirs:
+    with (
+        StepProcess(start, pair[0], size, count, device) as ours,
+        StepProcess(start, pair[1], size, count, device) as theirs,
+    ):
         ours.run(warmup)
         theirs.run(warmup)
         comparison = interleaved(

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.measuring import Results
-from benchmarks.runs import Job, known, run_grid, train
+from benchmarks.runs import Job, known, mean_and_deviation, run_grid, train
 
 
 class Data(NamedTuple):
@@ -316,10 +316,7 @@ def table(records: list[dict[str, Any]]) -> str:
         )
     lines = []
     for key, values in sorted(scores.items(), key=lambda item: (item[0][:2], -statistics.mean(item[1]))):
-        deviation = f"{100 * statistics.stdev(values):.2f}" if len(values) > 1 else "-"
-        lines.append(
-            f"{' '.join(key):<60} {100 * statistics.mean(values):6.2f} +- {deviation:>5} ({len(values)})"
-        )
+        lines.append(f"{' '.join(key):<60} {mean_and_deviation(values)}")
     return "\n".join(lines)
 
 

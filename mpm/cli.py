@@ -117,14 +117,32 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> None:
+    if options.seeds or options.fractions:
+        _finetune_several(options)
+        return
     config = configfile.load(options.config, options.words, FinetuneConfig).config
     from mpm.finetuning import finetune
 
     _train(finetune, config, dry_run=options.dry_run)
 
 
+def _finetune_several(options: argparse.Namespace) -> None:
+    from mpm.commands.seeds import members, repeat
+
+    runs = members(options.config, options.words, seeds=options.seeds, fractions=options.fractions)
+    from mpm.finetuning import finetune
+
+    if options.dry_run:
+        _train(finetune, runs[0].config, dry_run=True)
+        return
+    folder = configfile.load(options.config, options.words, FinetuneConfig).config.run.output_dir
+    results = repeat(finetune, runs, folder)
+    if is_first_process() and results is not None:
+        print(results)
+
+
 def _train(
-    train: Callable[..., None], config: PretrainConfig | TokenizerConfig | FinetuneConfig, *, dry_run: bool
+    train: Callable[..., object], config: PretrainConfig | TokenizerConfig | FinetuneConfig, *, dry_run: bool
 ) -> None:
     if not dry_run:
         train(config)

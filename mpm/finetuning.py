@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpm import build, checkpoint, distributed
+from mpm import build, distributed, partial
 from mpm.backbones.classifier import Classifier
 from mpm.backbones.cost import classifier_macs
+from mpm.backbones.tuning import tune
 from mpm.config import FinetuneConfig
 from mpm.data.datasets import ImageSource
 from mpm.data.loading import eval_loader
 from mpm.data.substitution import Substituting
 from mpm.data.views import EvalView
 from mpm.evaluation.accuracy import Accuracy, confusion_picture, evaluate
-from mpm.inheritance import inherit, start_from, with_data
+from mpm.inheritance import has_fresh_readout, inherit, start_from, with_data
 from mpm.labelled import LabelledData, open_labelled
 from mpm.network import read_trunk
 from mpm.objectives.supervised import Classification
@@ -37,7 +38,7 @@ _EVALUATION_BATCH = 256
 _RECALIBRATION_BATCHES = 20
 
 
-def finetune(config: FinetuneConfig, *, stop_after: int | None = None) -> None:
+def finetune(config: FinetuneConfig, *, stop_after: int | None = None) -> bool:
     """Train a classifier, or continue a run that was stopped; then look at the test images once.
 
     SIGTERM and SIGINT save a checkpoint and return. The run's folder gets `result.json` and `confusion.png`.
@@ -46,6 +47,8 @@ def finetune(config: FinetuneConfig, *, stop_after: int | None = None) -> None:
         config: as loaded from a file.
         stop_after: finished steps at which to save and return, before the end of the schedule (dry runs).
 
+    Returns: whether the run is finished and nobody asked to stop.
+
     Raises:
         ValueError: if what the configuration says does not fit the data, the checkpoint or the machine.
         FileNotFoundError: if there is no checkpoint to start from.
@@ -53,12 +56,12 @@ def finetune(config: FinetuneConfig, *, stop_after: int | None = None) -> None:
         OSError: if a checkpoint could not be written; the last one stays.
     """
     with started(config) as device, StopRequest() as stop:
-        _finetune(config, stop_after, device=device, stop=stop)
+        return _finetune(config, stop_after, device=device, stop=stop)
 
 
 def _finetune(
     config: FinetuneConfig, stop_after: int | None, *, device: torch.device, stop: StopRequest
-) -> None:
+) -> bool:
     trunk = read_trunk(config.init.checkpoint) if config.init is not None else None
     config = inherit(config, trunk)
     assert config.backbone is not None
@@ -72,6 +75,12 @@ def _finetune(
     seed_everything(config.seed)
     normalize = Normalize(mean, std).to(device)
     network = _network(config, num_classes=len(data.classes)).to(device)
+    tune(
+        network,
+        config.tune,
+        readout_too=has_fresh_readout(trunk, config),
+        eval_mode=config.eval_mode,
+    )
     view = build.train_view(config.data, _image_size(config))
     if trunk is not None and run.resumes_from is None:
         start_from(trunk, network, config, data.classes)
@@ -91,7 +100,7 @@ def _finetune(
         run.folder,
         total_steps=schedule.steps,
         global_batch=optim.batch_size,
-        flops_per_image=3 * 2 * macs,
+        flops_per_image=3 * 2 * macs if config.tune == "all" else None,  # else less, by what is frozen
         ceiling=matmul_flops_per_s(device, build.dtype(optim)),
     )
     known = {"images": len(data.train), "classes": list(data.classes)}
@@ -100,11 +109,16 @@ def _finetune(
     )
     metadata = {"best_val": -1.0, "weights": "ema" if ema else "model"} | metadata
     metadata |= {"classes": list(data.classes), "data": known}
+    if config.tune != "all" and trunk is not None and run.resumes_from is None:
+        metadata["base"] = partial.describe_base(
+            objective, trunk.weights, path=trunk.path, run_dir=run.folder
+        )
     log_facts(
         {
             "parameters": build.parameters(network),
             "forward": f"{macs / 1e9:.3g} GMACs an image",
             "starts from": str(trunk.path) if trunk else "scratch",
+            **({"saves": "what it trains; keep what it starts from"} if "base" in metadata else {}),
             "classes": str(len(data.classes)),
             **build.facts(config, schedule, num_images=len(data.train), device=device, start=start),
         }
@@ -169,6 +183,7 @@ def _finetune(
     if is_done and data.test is not None and not run.has("result.json"):
         _test(run, objective, ema, data, config, normalize, device)
     reporter.close()
+    return is_done and not distributed.any_rank(stop.requested)
 
 
 def _network(config: FinetuneConfig, num_classes: int) -> Classifier:
@@ -241,7 +256,7 @@ def _test(
 ) -> None:
     """Look at the test images once, with the checkpoint that validation chose (else with the last)."""
     assert data.test is not None
-    chosen = checkpoint.load(run.folder)
+    chosen = partial.load(run.folder)
     objective.load_state_dict(chosen.model)
     if ema is not None and chosen.ema is not None:
         ema.module.load_state_dict(chosen.ema)

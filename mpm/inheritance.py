@@ -10,7 +10,7 @@ from mpm.backbones.classifier import Classifier
 from mpm.config import ClassAttentionReadout, FinetuneConfig, Positions, Readout
 from mpm.network import Trunk
 
-__all__ = ["inherit", "start_from", "with_data"]
+__all__ = ["has_fresh_readout", "inherit", "start_from", "with_data"]
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,13 @@ def start_from(trunk: Trunk, network: Classifier, config: FinetuneConfig, classe
         trunk.step,
         ", ".join(inherited),
         f"; afresh: {', '.join(fresh)}" if trunk.readout is not None and fresh else "",
+    )
+
+
+def has_fresh_readout(trunk: Trunk | None, config: FinetuneConfig) -> bool:
+    """Whether a readout of class attention, or a query of it, has no weights in the checkpoint."""
+    return isinstance(config.readout, ClassAttentionReadout) and (
+        trunk is None or trunk.readout != config.readout
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mpm import build, checkpoint, configfile
+from mpm import build, checkpoint, configfile, partial
 from mpm.backbones.adapt import adapt_state
 from mpm.backbones.backbone import Backbone
 from mpm.backbones.classifier import Classifier
@@ -16,7 +16,8 @@ from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig, Readout
 from mpm.data.images import read_image
 from mpm.data.loading import stack
 from mpm.data.views import EvalView
-from mpm.imported import TIMM, fetch, imported_config
+from mpm.imported import fetch, imported_config
+from mpm.partial import better_weights, is_checkpoint
 from mpm.patchify.patches import grid_of
 from mpm.patchify.pixels import Normalize, to_unit
 
@@ -61,6 +62,13 @@ class Trunk(NamedTuple):
         return grid_of(self.image_size, self.backbone.resolved().patch_size)
 
     @property
+    def weights(self) -> dict[str, Tensor]:
+        """All of the state, named from the parts on."""
+        return {
+            f"{part}.{name}": tensor for part, held in self.state.items() for name, tensor in held.items()
+        }
+
+    @property
     def norm(self) -> dict[str, Tensor]:
         """State of the norm that reads tokens; empty where a mean or class attention is normed."""
         reads_tokens = self.readout is not None and self.readout.kind == "token"
@@ -91,17 +99,9 @@ def read_trunk(source: str | Path) -> Trunk:
         official = fetch(source)
         config = imported_config(official, source=source)
         return _trunk(config, official.state, path=Path(source), classes=official.config["classes"])
-    saved = checkpoint.load(Path(source).expanduser())
+    saved = partial.load(Path(source).expanduser())
     classes = tuple(saved.metadata.get("classes", ()))
-    return _trunk(config_of(saved), _weights(saved), path=saved.path, step=saved.step, classes=classes)
-
-
-def is_checkpoint(source: str | Path) -> bool:
-    """Whether it is a folder of mpm's, and not weights of others."""
-    if str(source).startswith(TIMM):
-        return False
-    path = Path(source).expanduser()
-    return not path.is_file() and not (path / "config.json").exists()
+    return _trunk(config_of(saved), better_weights(saved), path=saved.path, step=saved.step, classes=classes)
 
 
 def _trunk(
@@ -136,11 +136,6 @@ def part_of(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
     """The state dict of a part of an objective, which may lie in its classifier."""
     prefixes = (f"{part}.", f"classifier.{part}.")
     return {name[len(p) :]: t for name, t in state.items() for p in prefixes if name.startswith(p)}
-
-
-def _weights(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
-    """The weights that were the better ones: the trained or the averaged."""
-    return saved.ema if saved.ema is not None and saved.metadata.get("weights") == "ema" else saved.model
 
 
 def config_of(saved: checkpoint.Checkpoint) -> NetworkConfig:
@@ -258,9 +253,9 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Network:
         FileNotFoundError: if there is no checkpoint.
         ValueError: if it is broken.
     """
-    saved = checkpoint.load(path)
+    saved = partial.load(path)
     config = config_of(saved)
-    weights = _weights(saved)
+    weights = better_weights(saved)
     trunk = _trunk(
         config,
         weights,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mpm import checkpoint, configfile, distributed
+from mpm import checkpoint, configfile, distributed, partial
 from mpm.backbones.blocks import Block, ClassAttentionBlock, ParallelBlock
 from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig, TokenizerConfig
 from mpm.launch import give_way
@@ -182,8 +182,9 @@ class Run:
         metadata: dict[str, Any],
         best: bool = False,
     ) -> Path:
-        """A checkpoint, on every process; see `mpm.checkpoint`."""
+        """A checkpoint, on every process; see `mpm.checkpoint`. Where `metadata` has a base, without it."""
         device = _device_of(objective)
+        base = metadata.get("base")
         own = {"rng": checkpoint.rng_state(device), "reporter": reporter.state_dict()}
         train_state = {
             "optimizer": None if optimizer is None else optimizer.state_dict(),
@@ -196,8 +197,8 @@ class Run:
                 step=step,
                 config=self.config.model_dump(mode="json"),
                 metadata={"kind": self.kind, **metadata},
-                model=objective.state_dict(),
-                ema=None if ema is None else ema.module.state_dict(),
+                model=partial.without_base(objective.state_dict(), base),
+                ema=None if ema is None else partial.without_base(ema.module.state_dict(), base),
                 train_state=train_state,
                 keep=self.config.run.keep,
                 best=best,
@@ -232,7 +233,7 @@ class Run:
             reporter.resume(0)
             reporter.text("config", f"```yaml\n{configfile.dump(self.config)}```")
             return 0, {}
-        saved = checkpoint.load(self.resumes_from)
+        saved = partial.load(self.resumes_from)
         for name, now in data.items():
             if (then := saved.metadata["data"].get(name)) != now:
                 raise ValueError(

@@ -31,6 +31,7 @@ SEE_EVERYTHING = {
     "build",
     "run",
     "network",
+    "partial",
     "imported",
     "monitoring",
     "pretraining",

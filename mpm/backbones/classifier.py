@@ -1,5 +1,7 @@
 """A backbone, a readout, and a linear head per pooled vector."""
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,11 @@ class Classifier(nn.Module):
         readout: gives Q vectors, each with a head of its own.
         num_classes: L.
         head_std: deviation of the heads' weights at the start.
+
+    Attributes:
+        frozen_norms: batch norms that stay in eval mode (see `tune`).
+        trains_in_eval_mode: whether all of it stays in eval mode: no drop path, batch norm by its running
+            statistics (DeiT's fine-tuning at 384 pixels).
     """
 
     def __init__(self, backbone: Backbone, readout: Readout, *, num_classes: int, head_std: float = 0.02):
@@ -25,6 +32,15 @@ class Classifier(nn.Module):
         self.backbone = backbone
         self.readout = readout
         self.heads = nn.ModuleList(nn.Linear(backbone.dim, num_classes) for _ in range(readout.num_vectors))
+        self.frozen_norms: list[nn.Module] = []
+        self.trains_in_eval_mode = False
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of every part but those that stay in eval mode."""
+        super().train(mode and not self.trains_in_eval_mode)
+        for norm in self.frozen_norms:
+            norm.eval()
+        return self
 
     def reset_heads(self) -> None:
         """Start the heads: normal with deviation `head_std`, biases 0."""

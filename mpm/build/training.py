@@ -95,12 +95,14 @@ def accumulation(config: cfg.PretrainConfig | cfg.TokenizerConfig | cfg.Finetune
 
 
 def parameters(module: nn.Module) -> str:
-    """How many parameters are trained, and how many of them are the backbone's."""
-    whole, trunk = (
+    """How many parameters are trained, of how many, and how many of them are the backbone's."""
+    trained, trunk = (
         sum(parameter.numel() for parameter in part.parameters() if parameter.requires_grad)
         for part in (module, module.get_submodule("backbone"))
     )
-    return f"{whole:,}, of them {trunk:,} in the backbone"
+    everything = sum(parameter.numel() for parameter in module.parameters())
+    share = f" trained of {everything:,} ({trained / everything:.1%})" if trained < everything else ""
+    return f"{trained:,}{share}, of them {trunk:,} in the backbone"
 
 
 def facts(

@@ -61,6 +61,5 @@ def subject_of(checkpoint: Path) -> Subject:
         "num_classes": trunk.num_classes or None,
         "predictor": None if predictor is None else predictor.model_dump(),
     }
-    state = {f"{part}.{name}": tensor for part, held in trunk.state.items() for name, tensor in held.items()}
     steps = f", step {trunk.step}" if trunk.step else ""
-    return Subject(facts, state, trunk.classes, f"{checkpoint}{steps}", training, predicted)
+    return Subject(facts, trunk.weights, trunk.classes, f"{checkpoint}{steps}", training, predicted)

@@ -12,7 +12,7 @@ from mpm.run import refusal
 __all__ = ["rehearse"]
 
 
-def rehearse(train: Callable[..., None], config: PretrainConfig | TokenizerConfig | FinetuneConfig) -> None:
+def rehearse(train: Callable[..., object], config: PretrainConfig | TokenizerConfig | FinetuneConfig) -> None:
     """Build, take a step, save; build again, load, take another step, save; then remove it all.
 
     Saves beside `run.output_dir`, so that its disk is tried too. Evaluation is left out.

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,9 +32,21 @@ def parse(words: list[str]) -> argparse.Namespace:
         parser.error(f"{' '.join(rest)} means nothing here")
     try:
         options.words = getattr(options, "words", []) + [options.word(word) for word in rest]
+        for name, kind in (("seeds", _natural), ("fractions", _share)):
+            if given := getattr(options, name, None):
+                setattr(options, name, _numbers(given, kind, options.words))
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))
     return options
+
+
+def _numbers(given: list[str], kind: Callable[[str], Any], words: list[Any]) -> list[Any]:
+    """The numbers of a list that has also taken the `key=value` after it, which go to `words`."""
+    numbers = [kind(word) for word in given if "=" not in word]
+    if not numbers:
+        raise argparse.ArgumentTypeError(f"no number stands before {given[0]}")
+    words += [word for word in given if "=" in word]
+    return numbers
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,7 +114,27 @@ def _add_training(commands: Any) -> None:
             action="store_true",
             help="build everything, take two steps, save and load, tell the facts, and leave nothing behind",
         )
+        if name == "finetune":
+            _add_repetition(command)
         _add_overrides(command)
+
+
+def _add_repetition(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--seeds",
+        nargs="+",
+        default=[],
+        metavar="SEED",
+        help="train once with each, in run.output_dir/seed_SEED, and tell mean and deviation; the draw of "
+        "labels follows, unless labels.seed is stated",
+    )
+    command.add_argument(
+        "--fractions",
+        nargs="+",
+        default=[],
+        metavar="SHARE",
+        help="of the labels: train with each, on each seed, in run.output_dir/labels_SHARE/seed_SEED",
+    )
 
 
 def _add_tokenize(commands: Any) -> None:
@@ -309,6 +342,16 @@ def _natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 on")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share of the labels, above 0 and up to 1")
+    return share
 
 
 def _sides(text: str) -> tuple[int, int]:

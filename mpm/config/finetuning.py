@@ -37,6 +37,10 @@ class FinetuneConfig(Section):
     """The encoder. With init: what is not stated is the checkpoint's, and only drop_path may differ."""
     readout: Readout
     """Encoder output to the vector that is classified."""
+    tune: Literal["all", "attention", "mlp", "norm", "head"] = "all"
+    """What is trained, besides the heads; checkpoints of a part hold what was trained and need their base."""
+    eval_mode: bool = False
+    """Train in evaluation mode: no drop path, batch norm by its statistics (DeiT at 384)."""
     labels: Labels | None = None
     """How many of the training labels are used; null: all."""
     mixup: Mixup | None = None
@@ -80,6 +84,11 @@ class FinetuneConfig(Section):
         return self
 
     def _check_scratch(self) -> None:
+        if self.tune != "all":
+            raise ValueError(
+                f"tune {self.tune} freezes the rest, which has no weights yet; "
+                "give init.checkpoint, or set tune to all"
+            )
         if self.backbone is None:
             raise ValueError("backbone is null; give it, or init.checkpoint to fine-tune")
         if self.data.image_size is None:

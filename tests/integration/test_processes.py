@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from mpm import build, checkpoint, distributed
+from mpm import build, cli, distributed, partial
 from mpm.config import PretrainConfig
 from mpm.finetuning import finetune
 from mpm.objectives.prepare import PrepareMasked
@@ -23,8 +23,10 @@ from mpm.training.loop import train_steps
 from tests.integration.runs import ROOT, assert_identical, everything_saved, metrics
 from tests.integration.settings import (
     CLASS_PRETRAINING,
+    CONFIGS,
     CONV,
     HMLP,
+    QUICK,
     SCRATCH,
     SIMMIM,
     TOKENIZERS,
@@ -70,17 +72,25 @@ STEMS = {"linear": "backbone.stem.kind=linear", "hmlp": HMLP % "batch", "conv": 
 
 
 OF_A_PART = ("train/perplexity", "train/codes_used")
-NAMES = (*PRETRAININGS, *CODES, *TARGETS, "kmeans", "fine-tuning")
+# of a part, over a pretrained run with batch norm in its stem
+TUNING = [*STEADY, "mixup=null", "evaluate_every=3", "data.image_size=40", "readout.kind=token"]
+PARTS = {f"tuning of {part}": f"tune={part}" for part in ("attention", "norm", "head")}
+NAMES = (*PRETRAININGS, *CODES, *TARGETS, *PARTS, "kmeans", "fine-tuning")
 
 
-def train(name: str, folder: Path, *words: str, tokenizer: Path | None = None) -> None:
+def train(name: str, folder: Path, *words: str, given: Path | None = None) -> None:
+    """`given`: a folder with a tokenizer and a pretrained run."""
     if name == "fine-tuning":
         finetune(finetune_config(folder, *FINETUNING, *words))
+    elif name in PARTS:
+        assert given is not None
+        words = (f"init.checkpoint={given / 'pretrained'}", PARTS[name], *words)
+        finetune(finetune_config(folder, *TUNING, *words))
     elif name == "kmeans":
         pretrain(tokenizer_config(folder, "optim.steps=6", *words))
     elif name in CODES:
-        assert tokenizer is not None
-        words = (*codes_of(tokenizer), *CODES[name], *STEADY, "backbone.drop_path=0", *words)
+        assert given is not None
+        words = (*codes_of(given / "tokenizer"), *CODES[name], *STEADY, "backbone.drop_path=0", *words)
         pretrain(pretrain_config(folder, *words))
     elif name in TARGETS:
         pretrain(pretrain_config(folder, *TARGETS[name], *STEADY, *words))
@@ -100,7 +110,7 @@ def assert_same_training(a: Path, b: Path, *, rtol: float = RTOL) -> None:
         assert {name: ours[name] for name in names} == pytest.approx(
             {name: theirs[name] for name in names}, rel=rtol
         )
-    left, right = checkpoint.load(a), checkpoint.load(b)
+    left, right = partial.load(a), partial.load(b)
     for ours, theirs in ((left.model, right.model), (left.ema or {}, right.ema or {})):
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
@@ -116,6 +126,7 @@ def on_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run for each name, and `gradients`: one launch for all."""
     folder = tmp_path_factory.mktemp("two")
     train("kmeans", folder / "tokenizer")
+    pretrain(pretrain_config(folder / "pretrained", HMLP % "batch", "optim.steps=2", "optim.warmup_steps=0"))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*launcher, "-m", "tests.integration.test_processes", str(folder)],
@@ -133,14 +144,30 @@ def on_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.torchrun
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_equal_one(name: str, on_two_processes: Path, tmp_path: Path) -> None:
-    train(name, tmp_path, tokenizer=on_two_processes / "tokenizer")
+    train(name, tmp_path, given=on_two_processes)
     rtol = RTOL_OVER_PLACES if "conv" in name else RTOL
     assert_same_training(on_two_processes / name, tmp_path, rtol=rtol)
-    if name == "fine-tuning":
+    if name == "fine-tuning" or name in PARTS:
         ours, theirs = (
             json.loads((f / "result.json").read_text()) for f in (on_two_processes / name, tmp_path)
         )
         assert ours == theirs
+
+
+def several_seeds(folder: Path) -> int:
+    words = [*QUICK, *FINETUNING, f"run.output_dir={folder}"]
+    config = CONFIGS / "finetune" / "debug.yaml"
+    return cli.main(["finetune", "--config", str(config), "--seeds", "0", "1", "--fractions", "0.5", *words])
+
+
+@pytest.mark.torchrun
+def test_several_seeds_end_on_two_processes_as_on_one(on_two_processes: Path, tmp_path: Path) -> None:
+    assert several_seeds(tmp_path) == 0
+    ours, theirs = (
+        json.loads((f / "seeds.json").read_text()) for f in (on_two_processes / "seeds", tmp_path)
+    )
+    assert ours["groups"] == theirs["groups"]
+    assert len(ours["runs"]) == 2
 
 
 @pytest.mark.torchrun
@@ -209,7 +236,8 @@ def without_gradient(config: PretrainConfig) -> list[str]:
 
 def main(folder: Path) -> None:
     for name in NAMES:
-        train(name, folder / name, tokenizer=folder / "tokenizer")
+        train(name, folder / name, given=folder)
+    assert several_seeds(folder / "seeds") == 0
     # their noise, and tokens half-way between two codes, differ; DDP asks for every gradient
     for name in ("dvae", "vqkd"):
         pretrain(tokenizer_config(folder / name, *TOKENIZERS[name], "optim.steps=3"))
