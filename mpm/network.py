@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mpm import build, checkpoint, configfile
 from mpm.backbones.adapt import adapt_state
 from mpm.backbones.backbone import Backbone
-from mpm.backbones.classifier import Classifier
+from mpm.backbones.classifier import Classifier, fold_head_norms
 from mpm.config import Backbone as BackboneConfig
 from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig, Readout
 from mpm.data.images import read_image
@@ -139,8 +139,9 @@ def part_of(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
 
 
 def _weights(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
-    """The weights that were the better ones: the trained or the averaged."""
-    return saved.ema if saved.ema is not None and saved.metadata.get("weights") == "ema" else saved.model
+    """The weights that were the better ones, trained or averaged; norms before heads are folded into them."""
+    is_average = saved.ema is not None and saved.metadata.get("weights") == "ema"
+    return fold_head_norms(saved.ema if is_average and saved.ema is not None else saved.model)
 
 
 def config_of(saved: checkpoint.Checkpoint) -> NetworkConfig:

@@ -51,7 +51,8 @@ def kind_of(section: type[Section]) -> str | None:
 def at(sections: Sections, raw: Any) -> Sections:
     """Of the sections that may stand at a place, those that a value's `kind` leaves."""
     kind = raw.get("kind") if isinstance(raw, Mapping) else None
-    return [section for section in sections if kind_of(section) == kind] or sections
+    default = [section for section in sections if section.is_default_kind and kind is None]
+    return [section for section in sections if kind_of(section) == kind] or default or sections
 
 
 def names(sections: Sections, prefix: str = "") -> Iterator[str]:
@@ -88,9 +89,10 @@ def unknown_keys(sections: Sections, raw: Mapping[str, Any], prefix: str = "") -
 def suggestion(unknown: UnknownKey, everywhere: Sequence[str]) -> str:
     """What the writer of an unknown key may have meant; `everywhere` holds all dotted names."""
     prefix, dot, key = unknown.name.rpartition(".")
-    here = _keys(at(unknown.sections, unknown.raw))
+    chosen = at(unknown.sections, unknown.raw)
+    here = _keys(chosen)
     if kinds := [str(kind_of(section)) for section in unknown.sections if key in section.model_fields]:
-        return f"kind {unknown.raw.get('kind')} does not have it, only {' and '.join(kinds)}"
+        return f"kind {kind_of(chosen[0])} does not have it, only {' and '.join(kinds)}"
     if near := _nearest(key, here):
         return f"did you mean {prefix}{dot}{near}?"
     last = {name.rpartition(".")[2]: name for name in reversed(everywhere)}
