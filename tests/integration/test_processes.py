@@ -71,6 +71,8 @@ STEMS = {"linear": "backbone.stem.kind=linear", "hmlp": HMLP % "batch", "conv": 
 
 OF_A_PART = ("train/perplexity", "train/codes_used")
 NAMES = (*PRETRAININGS, *CODES, *TARGETS, "kmeans", "fine-tuning")
+# 65 test images and 61 for validation: neither two nor three processes divide them
+UNEVEN = ["optim.batch_size=30", "data.test.count=65", "data.train.count=245", "data.repeats=3"]
 
 
 def train(name: str, folder: Path, *words: str, tokenizer: Path | None = None) -> None:
@@ -111,14 +113,18 @@ def assert_same_training(a: Path, b: Path, *, rtol: float = RTOL) -> None:
             )
 
 
-@pytest.fixture(scope="module")
-def on_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run for each name, and `gradients`: one launch for all."""
-    folder = tmp_path_factory.mktemp("two")
-    train("kmeans", folder / "tokenizer")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def launch(what: str, folder: Path, *, processes: int) -> None:
+    """Runs `main` under torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*launcher, "-m", "tests.integration.test_processes", str(folder)],
+        [
+            *launcher,
+            f"--nproc-per-node={processes}",
+            "-m",
+            "tests.integration.test_processes",
+            what,
+            str(folder),
+        ],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -127,6 +133,14 @@ def on_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def on_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run for each name, and `gradients`: one launch for all."""
+    folder = tmp_path_factory.mktemp("two")
+    train("kmeans", folder / "tokenizer")
+    launch("everything", folder, processes=2)
     return folder
 
 
@@ -141,6 +155,32 @@ def test_two_processes_equal_one(name: str, on_two_processes: Path, tmp_path: Pa
             json.loads((f / "result.json").read_text()) for f in (on_two_processes / name, tmp_path)
         )
         assert ours == theirs
+
+
+@pytest.fixture(scope="module")
+def on_one_two_and_three(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Runs of fine-tuning whose test set none of the numbers divides."""
+    folder = tmp_path_factory.mktemp("uneven")
+    train("fine-tuning", folder / "1", *UNEVEN)
+    for processes in (2, 3):
+        launch("uneven", folder / f"{processes}", processes=processes)
+    return [folder / f"{processes}" for processes in (1, 2, 3)]
+
+
+@pytest.mark.torchrun
+@pytest.mark.parametrize("processes", [2, 3])
+def test_accuracy_is_the_same_where_processes_do_not_divide_the_test_images(
+    processes: int, on_one_two_and_three: list[Path]
+) -> None:
+    """Each image counts once: no share is padded, as the released code's are."""
+    one, several = on_one_two_and_three[0], on_one_two_and_three[processes - 1]
+    assert_same_training(one, several)
+    results = [json.loads((folder / "result.json").read_text()) for folder in (one, several)]
+    assert results[0]["test"]["count"] == results[1]["test"]["count"] == 65
+    assert results[0] == results[1]
+    assert [line.get("val/model_top1") for line in metrics(one)] == [
+        line.get("val/model_top1") for line in metrics(several)
+    ]
 
 
 @pytest.mark.torchrun
@@ -207,7 +247,10 @@ def without_gradient(config: PretrainConfig) -> list[str]:
     return sorted({name for name, _ in objective.named_parameters()} - reached)
 
 
-def main(folder: Path) -> None:
+def main(what: str, folder: Path) -> None:
+    if what == "uneven":
+        train("fine-tuning", folder, *UNEVEN)
+        return
     for name in NAMES:
         train(name, folder / name, tokenizer=folder / "tokenizer")
     # their noise, and tokens half-way between two codes, differ; DDP asks for every gradient
@@ -227,4 +270,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))
