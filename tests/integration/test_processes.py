@@ -72,7 +72,13 @@ STEMS = {"linear": "backbone.stem.kind=linear", "hmlp": HMLP % "batch", "conv": 
 OF_A_PART = ("train/perplexity", "train/codes_used")
 NAMES = (*PRETRAININGS, *CODES, *TARGETS, "kmeans", "fine-tuning")
 # 65 test images and 61 for validation: neither two nor three processes divide them
-UNEVEN = ["optim.batch_size=30", "data.test.count=65", "data.train.count=245", "data.repeats=3"]
+UNEVEN = [
+    "head_norm=batch",
+    "optim.batch_size=30",
+    "data.test.count=65",
+    "data.train.count=245",
+    "data.repeats=3",
+]
 
 
 def train(name: str, folder: Path, *words: str, tokenizer: Path | None = None) -> None:
@@ -91,8 +97,8 @@ def train(name: str, folder: Path, *words: str, tokenizer: Path | None = None) -
         pretrain(pretrain_config(folder, *PRETRAININGS[name], *STEADY, "objective.loss=l2", *words))
 
 
-def assert_same_training(a: Path, b: Path, *, rtol: float = RTOL) -> None:
-    """Weights, averages and everything logged."""
+def assert_same_training(a: Path, b: Path, *, rtol: float = RTOL, but: str = "") -> None:
+    """Weights, `but` one whose gradient is rounding alone, averages, and everything logged."""
     left, right = metrics(a), metrics(b)
     assert len(left) == len(right) >= 6
     for ours, theirs in zip(left, right, strict=True):
@@ -106,6 +112,8 @@ def assert_same_training(a: Path, b: Path, *, rtol: float = RTOL) -> None:
     for ours, theirs in ((left.model, right.model), (left.ema or {}, right.ema or {})):
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
+            if name == but:
+                continue
             # a bias starts at 0 and some of its elements stay near it: relative to the largest
             atol = rtol * float(tensor.double().abs().max())
             torch.testing.assert_close(
@@ -174,7 +182,7 @@ def test_accuracy_is_the_same_where_processes_do_not_divide_the_test_images(
 ) -> None:
     """Each image counts once: no share is padded, as the released code's are."""
     one, several = on_one_two_and_three[0], on_one_two_and_three[processes - 1]
-    assert_same_training(one, several)
+    assert_same_training(one, several, but="classifier.readout.norm.bias")  # before a batch norm
     results = [json.loads((folder / "result.json").read_text()) for folder in (one, several)]
     assert results[0]["test"]["count"] == results[1]["test"]["count"] == 65
     assert results[0] == results[1]
