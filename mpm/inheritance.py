@@ -65,7 +65,9 @@ def start_from(trunk: Trunk, network: Classifier, config: FinetuneConfig, classe
         readout.load_state_dict(_with_rows(trunk.state["readout"], readout.state_dict()))
         inherited.append("readout")
         by_number = not trunk.classes and trunk.num_classes == len(classes)
-        if trunk.classes == classes or by_number:
+        if config.head_norm == "batch":
+            fresh.append("heads, which now read normed vectors")
+        elif trunk.classes == classes or by_number:
             heads = network.heads.state_dict()
             network.heads.load_state_dict(
                 heads | {k: t for k, t in trunk.state["heads"].items() if k in heads}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpm import checkpoint
+from mpm.backbones.classifier import fold_head_norms
 from mpm.imported import TIMM, fetch
 
 __all__ = ["better_weights", "describe_base", "is_checkpoint", "load", "without_base"]
@@ -83,8 +84,9 @@ def is_checkpoint(source: str | Path) -> bool:
 
 
 def better_weights(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
-    """The weights that were the better ones: the trained or the averaged."""
-    return saved.ema if saved.ema is not None and saved.metadata.get("weights") == "ema" else saved.model
+    """The weights that were the better ones, trained or averaged; norms before heads are folded into them."""
+    is_average = saved.ema is not None and saved.metadata.get("weights") == "ema"
+    return fold_head_norms(saved.ema if is_average and saved.ema is not None else saved.model)
 
 
 def _frozen(objective: nn.Module) -> Iterator[str]:

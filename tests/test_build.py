@@ -9,6 +9,7 @@ from torch import nn
 
 from mpm import build
 from mpm.backbones.classifier import Classifier
+from mpm.config import Backbone as BackboneConfig
 from mpm.config import FinetuneConfig, PretrainConfig, TokenizerConfig
 from mpm.configfile import load
 from mpm.inheritance import inherit
@@ -38,31 +39,47 @@ def masked_prediction(config: PretrainConfig) -> MaskedPrediction:
         return build.objective(config, build.target(config, Normalize(moments, moments)).out_dim)
 
 
-def classifier(name: str, num_classes: int) -> tuple[Classifier, torch.Tensor]:
-    """And a batch of images for it."""
-    config = load(ROOT / f"{name}.yaml", [], FinetuneConfig).config
-    assert config.init is not None
-    (theirs,) = (
-        pretrained
-        for pretrained in map(pretrain_config, PRETRAIN)
-        if str(pretrained.run.output_dir) == str(config.init.checkpoint)
-    )
-    data = theirs.data
-    moments = (0.5,) * data.channels
-    trunk = Trunk(
+def fine_tuning_config(name: str, *words: str) -> FinetuneConfig:
+    """With what it takes from the checkpoint it starts from, which another file or a published one makes."""
+    config = load(ROOT / f"{name}.yaml", words, FinetuneConfig).config
+    if config.init is None:
+        return inherit(config, None)
+    for theirs in map(pretrain_config, PRETRAIN):
+        if str(theirs.run.output_dir) == config.init.checkpoint:
+            return inherit(config, trunk_of(theirs.backbone, theirs.data.image_size, theirs.data.channels))
+    for other in FINETUNE:
+        folder = load(ROOT / f"{other}.yaml", [], FinetuneConfig).config.run.output_dir
+        if str(folder) == config.init.checkpoint:
+            before = fine_tuning_config(other)
+            assert before.backbone is not None
+            trunk = trunk_of(before.backbone, before.data.image_size, before.data.channels)
+            return inherit(config, trunk._replace(readout=before.readout))
+    assert config.backbone is not None
+    assert Path(config.init.checkpoint).suffix == ".pth"
+    published = BackboneConfig(variant=config.backbone.variant)
+    return inherit(config, trunk_of(published, (224, 224), 3))
+
+
+def trunk_of(backbone: BackboneConfig, image_size: tuple[int, int], channels: int) -> Trunk:
+    """Of a checkpoint without weights."""
+    return Trunk(
         path=Path(),
         step=0,
-        backbone=theirs.backbone,
-        image_size=data.image_size,
-        channels=data.channels,
-        mean=moments,
-        std=moments,
+        backbone=backbone,
+        image_size=image_size,
+        channels=channels,
+        mean=(0.5,) * channels,
+        std=(0.5,) * channels,
         readout=None,
         classes=(),
         num_classes=0,
         state={},
     )
-    config = inherit(config, trunk)
+
+
+def classifier(name: str, num_classes: int, *words: str) -> tuple[Classifier, torch.Tensor]:
+    """On meta, and a batch of images for it."""
+    config = fine_tuning_config(name, *words)
     assert config.backbone is not None
     size, channels = config.data.image_size, config.data.channels
     with torch.device("meta"):
@@ -119,10 +136,21 @@ def test_tokenizer_builds_and_runs(name: str) -> None:
     assert tokenizer.vocab_size == codes
 
 
-@pytest.mark.parametrize("name", FINETUNE)
+UNLIKE_OTHERS = (
+    "finetune/debug",
+    "finetune/deit_in1k",
+    "finetune/cait_in1k",
+    "finetune/vitb_mae_linear_in1k",
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in UNLIKE_OTHERS else pytest.param(name, marks=pytest.mark.slow) for name in FINETUNE],
+)
 def test_fine_tuning_builds_and_runs(name: str) -> None:
     network, images = classifier(name, num_classes=7)
-    assert network(images).shape == (2, 1, 7)
+    assert network(images).shape == (2, network.readout.num_vectors, 7)
 
 
 def count(module: nn.Module) -> int:
@@ -155,10 +183,57 @@ def test_simmim_has_the_published_number_of_parameters() -> None:
     assert count(objective) == 86_256_720
 
 
-def test_the_fine_tuned_vit_b_has_the_published_number_of_parameters() -> None:
-    """timm's `vit_base_patch16_224` with 1,000 classes, less the position of the class token."""
-    network, _ = classifier("finetune/vitb_in1k", num_classes=1000)
-    assert count(network) == 86_567_656 - 768
+# our class and distillation tokens carry their own position: a row less for each than DeiT and MAE count
+SLOT = 768
+CLASSIFIERS = [
+    ("vitb_in1k", "", 86_567_656 - SLOT),
+    ("vitl_mae_in1k", "", 304_325_608),
+    ("vitl_mae_in1k", "init.checkpoint=runs/vith_mae", 630_764_800 + 1280 * 1000 + 1000 - 1280),
+    ("vitb_mae_linear_in1k", "", 86_567_656 - SLOT),
+    ("vitb_beit_in1k", "", 86_530_984),
+    ("vitb_beit_in1k", "data.image_size=384", 86_744_104),
+    ("vitl_beit_in1k", "", 304_430_568),
+    ("vitb_beitv2_in1k", "", 86_530_984),
+    ("vitl_beitv2_in1k", "", 304_430_568),
+    ("vitb_simmim_in1k", "", 86_530_984),
+    ("deit_in1k", "", 86_567_656 - SLOT),
+    ("deit_in1k", "backbone.variant=deit_s", 22_050_664 - 384),
+    ("deit_in1k", "backbone.variant=deit_ti", 5_717_416 - 192),
+    ("deit_384_in1k", "", 86_859_496 - SLOT),
+    ("deit_distilled_in1k", "", 87_338_192 - 2 * SLOT),
+    ("deit_distilled_in1k", "backbone.variant=deit_s_distilled", 22_436_432 - 2 * 384),
+    ("deit_distilled_in1k", "backbone.variant=deit_ti_distilled", 5_910_800 - 2 * 192),
+    ("deit_distilled_384_in1k", "", 87_630_032 - 2 * SLOT),
+    ("deit3_in1k", "data.image_size=224", 86_585_320),
+    ("deit3_in1k", "backbone.variant=deit3_s data.image_size=224", 22_059_496),
+    ("deit3_in1k", "backbone.variant=deit3_l data.image_size=224", 304_374_760),
+    ("deit3_384_in1k", "", 86_877_160),
+    ("deit3_in21k", "", 86_585_320),
+    ("deit3_in21k_to_in1k", "", 86_585_320),
+    ("cait_in1k", "", 46_916_200),
+    ("cait_in1k", "backbone.variant=cait_m36", 270_929_512),
+    ("cait_384_in1k", "", 47_062_120),
+    ("cait_384_in1k", "data.image_size=448", 47_141_992),
+    ("three_things_in1k", "", 86_566_888),
+    ("three_things_in1k", "backbone.layer_scale=1e-4", 86_585_320),
+    ("three_things_in1k", "backbone.stem.kind=hmlp", 86_726_248),
+    ("three_things_in1k", "backbone.variant=vit_b_18x2", 256_675_816),
+    ("three_things_in1k", "backbone.variant=vit_b_36x1 backbone.layer_scale=1e-4", 256_731_112),
+    ("three_things_in1k", "backbone.variant=vit_s_18x2", 64_637_416),
+]
+QUICK_TO_BUILD = ("vitb_in1k", "vitb_beit_in1k")
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "parameters"),
+    [row if row[0] in QUICK_TO_BUILD else pytest.param(*row, marks=pytest.mark.slow) for row in CLASSIFIERS],
+)
+def test_a_recipes_network_has_the_published_number_of_parameters(
+    name: str, words: str, parameters: int
+) -> None:
+    """With 1,000 classes, as their words in the header make it."""
+    network, _ = classifier(f"finetune/{name}", 1000, *words.split())
+    assert count(network) == parameters
 
 
 @pytest.fixture

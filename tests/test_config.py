@@ -240,6 +240,36 @@ FINETUNE_RULES = [
         "rand_augment needs 1 or 3 channels, not 2; set rand_augment to null",
     ),
     ({"data__rand_augment": "rand-m9", "data__color_jitter": 0.4}, "rand_augment replaces color_jitter 0.4"),
+    (
+        {"data__rand_augment": "rand-m9", "data__three_augment": True},
+        "rand_augment and three_augment take each other's place; set rand_augment to null, or three_augment",
+    ),
+    (
+        {"data__three_augment": True, "data__channels": 2, "data__mean": "measured", "data__std": "measured"},
+        "three_augment needs 1 or 3 channels, not 2; set three_augment to false",
+    ),
+    (
+        {"data__crop": "simple", "data__crop_scale": [0.2, 1.0]},
+        "crop simple has no crop_scale; leave out [0.2, 1.0]",
+    ),
+    (
+        {"optim__momentum": 0.9},
+        "unknown key optim.momentum in test; kind adamw does not have it, only lars and sgd",
+    ),
+    (
+        {"optim__kind": "sgd", "optim__betas": [0.9, 0.95]},
+        "unknown key optim.betas in test; kind sgd does not have it, only adamw and lamb",
+    ),
+    (
+        {"optim__kind": "lars", "optim__nesterov": True},
+        "unknown key optim.nesterov in test; kind lars does not have it, only sgd",
+    ),
+    ({"optim__kind": "sgd", "optim__nesterov": True, "optim__momentum": 0.0}, "set nesterov to false"),
+    ({"optim__kind": "adam"}, 'optim.kind is "adam", expected one of adamw, lamb, lars, sgd'),
+    (
+        {"optim__schedule": {"kind": "constant", "start": 0.1}},
+        "schedule.start 0.1 is above the peak rate lr 0.001; use less",
+    ),
 ]
 
 
@@ -317,6 +347,12 @@ def sections(model: type[Section], seen: set[type[Section]]) -> set[type[Section
         for below in field_sections([model], key):
             sections(below, seen)
     return seen
+
+
+@pytest.mark.parametrize(("kind", "eps"), [(None, 1e-8), ("adamw", 1e-8), ("lamb", 1e-6)])
+def test_an_optimizer_is_adamw_unless_stated(kind: str | None, eps: float) -> None:
+    optim = build(FINETUNE, **({"optim__kind": kind} if kind else {})).optim
+    assert (optim.kind, optim.eps, optim.betas) == (kind or "adamw", eps, (0.9, 0.999))
 
 
 @pytest.mark.parametrize("model", [PretrainConfig, FinetuneConfig])

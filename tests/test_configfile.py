@@ -30,9 +30,13 @@ LIKE_OTHERS = (
     "vitb_beit",
     "quickstart/clipart",
     "quickstart/fashion",
+    "finetune/",
 )
+UNLIKE_OTHERS = ("finetune/vitb_in1k", "finetune/cifar10.", "finetune/inat18")
 SOME = [
-    pytest.param(path, marks=pytest.mark.slow) if name_of(path).startswith(LIKE_OTHERS) else path
+    pytest.param(path, marks=pytest.mark.slow)
+    if name_of(path).startswith(LIKE_OTHERS) and not name_of(path).startswith(UNLIKE_OTHERS)
+    else path
     for path in FILES
 ]
 

@@ -1,14 +1,18 @@
 """A backbone, a readout, and a linear head per pooled vector."""
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from mpm.backbones.backbone import Backbone
 from mpm.backbones.readouts import Readout
+from mpm.patchify.norms import TokenBatchNorm
 
-__all__ = ["Classifier"]
+__all__ = ["Classifier", "fold_head_norms"]
+
+_NORM_EPSILON = 1e-6  # MAE's main_linprobe.py
 
 
 class Classifier(nn.Module):
@@ -19,6 +23,8 @@ class Classifier(nn.Module):
         readout: gives Q vectors, each with a head of its own.
         num_classes: L.
         head_std: deviation of the heads' weights at the start.
+        head_norm: "none", or "batch": batch norm without weights before each head, over all processes (MAE's
+            linear probe).
 
     Attributes:
         frozen_norms: batch norms that stay in eval mode (see `tune`).
@@ -26,11 +32,25 @@ class Classifier(nn.Module):
             statistics (DeiT's fine-tuning at 384 pixels).
     """
 
-    def __init__(self, backbone: Backbone, readout: Readout, *, num_classes: int, head_std: float = 0.02):
+    def __init__(
+        self,
+        backbone: Backbone,
+        readout: Readout,
+        *,
+        num_classes: int,
+        head_std: float = 0.02,
+        head_norm: Literal["none", "batch"] = "none",
+    ):
         super().__init__()
         self.head_std = head_std
         self.backbone = backbone
         self.readout = readout
+        self.head_norms = nn.ModuleList(
+            TokenBatchNorm(backbone.dim, eps=_NORM_EPSILON, affine=False)
+            if head_norm == "batch"
+            else nn.Identity()
+            for _ in range(readout.num_vectors)
+        )
         self.heads = nn.ModuleList(nn.Linear(backbone.dim, num_classes) for _ in range(readout.num_vectors))
         self.frozen_norms: list[nn.Module] = []
         self.trains_in_eval_mode = False
@@ -52,7 +72,8 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """[B,C,H,W] -> logits [B,Q,L]."""
         vectors = self.readout(self.backbone(images))
-        return torch.stack([head(vectors[:, q]) for q, head in enumerate(self.heads)], dim=1)
+        heads = zip(vectors.unbind(1), self.head_norms, self.heads, strict=True)
+        return torch.stack([head(norm(vector)) for vector, norm, head in heads], dim=1)
 
     def predict(self, images: Tensor) -> Tensor:
         """[B,C,H,W] -> logits [B,L], the mean over the heads (DeiT's code)."""
@@ -71,3 +92,24 @@ class Classifier(nn.Module):
             case "readout" | "heads":
                 return self.backbone.depth + 1
         raise KeyError(f"{name} is no parameter of a classifier")
+
+
+def fold_head_norms(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a classifier without norms before its heads that gives the same logits in eval mode.
+
+    Exact: with fixed statistics W (x - m) / s + b = (W / s) x + (b - W m / s).
+
+    Args:
+        state: of a `Classifier`, or of a module that holds one.
+    """
+    folded = {name: tensor for name, tensor in state.items() if "head_norms." not in name}
+    for name, mean in state.items():
+        before, norms, rest = name.rpartition("head_norms.")
+        number, _, leaf = rest.partition(".")
+        if norms and leaf == "running_mean":
+            head = f"{before}heads.{number}"
+            variance = state[f"{before}head_norms.{number}.running_var"]
+            weight = state[f"{head}.weight"] * torch.rsqrt(variance + _NORM_EPSILON)
+            folded[f"{head}.weight"] = weight
+            folded[f"{head}.bias"] = state[f"{head}.bias"] - weight @ mean
+    return folded

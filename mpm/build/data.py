@@ -5,7 +5,9 @@ from typing import assert_never
 from mpm import config as cfg
 from mpm import distributed
 from mpm.data.codes import CodeCache
+from mpm.data.crops import SimpleCrop
 from mpm.data.datasets import FolderImages, ImageSource, SyntheticImages, TorchvisionImages
+from mpm.data.inaturalist import INaturalistImages
 from mpm.data.loading import BatchLoader, ViewDataset, train_loader
 from mpm.data.statistics import channel_statistics
 from mpm.data.stream import EpochStream
@@ -36,6 +38,8 @@ def source(
             return TorchvisionImages(
                 config.name, root=config.root, split=config.split, channels=channels, download=config.download
             )
+        case cfg.INaturalistSource():
+            return INaturalistImages(config.root, annotations=config.annotations, channels=channels)
         case cfg.SyntheticSource():
             return SyntheticImages(
                 config.count,
@@ -131,11 +135,13 @@ def train_view(config: cfg.FinetuneData, image_size: tuple[int, int]) -> TrainVi
     """Crops, flips and augments."""
     return TrainView(
         image_size,
+        crop=SimpleCrop(image_size, interpolation=config.interpolation) if config.crop == "simple" else None,
         crop_scale=config.crop_scale,
         crop_ratio=config.crop_ratio,
         flip=config.flip,
         color_jitter=config.color_jitter,
         rand_augment=config.rand_augment,
+        three_augment=config.three_augment,
         interpolation=config.interpolation,
     )
 

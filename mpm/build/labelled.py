@@ -27,6 +27,7 @@ def classifier(
         readout(config.readout, trunk),
         num_classes=num_classes,
         head_std=config.head_init_std,
+        head_norm=config.head_norm,
     )
     start = trunk.in_full(classifier=True).initialization
     assert start is not None

@@ -8,7 +8,7 @@ from torch import nn
 from mpm import config as cfg
 from mpm import distributed
 from mpm.objectives.supervised import Classification
-from mpm.training.optimizer import create_adamw, parameter_groups
+from mpm.training.optimizer import create_adamw, create_lamb, create_lars, create_sgd, parameter_groups
 from mpm.training.schedule import cosine, multistep
 
 
@@ -39,6 +39,11 @@ class Schedule:
                     warmup_steps=warmup,
                     final=shape.final,
                     start=shape.start,
+                    begin=0 if shape.over == "run" else None,
+                )
+            case cfg.ConstantSchedule():
+                self.lr_at = multistep(
+                    peak=config.lr, steps=self.steps, warmup_steps=warmup, milestones=[], start=shape.start
                 )
             case cfg.MultistepSchedule():
                 self.lr_at = multistep(
@@ -54,7 +59,7 @@ class Schedule:
 def optimizer(
     config: cfg.PretrainOptim | cfg.TokenizerOptim | cfg.FinetuneOptim, module: nn.Module
 ) -> torch.optim.Optimizer | None:
-    """Fused AdamW over groups by layer and decay; None where gradients train nothing (k-means)."""
+    """Over groups by layer and decay; None where gradients train nothing (k-means)."""
     if not any(parameter.requires_grad for parameter in module.parameters()):
         return None
     layers: dict[str, Any] = {}
@@ -80,7 +85,17 @@ def optimizer(
         - decayed,  # `table`: learned positions; relative biases decay, as in BEiT
         **layers,
     )
-    return create_adamw(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    match config:
+        case cfg.LambOptim():
+            return create_lamb(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        case cfg.LarsOptim():
+            return create_lars(groups, lr=config.lr, momentum=config.momentum)
+        case cfg.SGDOptim():
+            return create_sgd(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+        case cfg.AdamWOptim() | cfg.PretrainOptim() | cfg.TokenizerOptim():
+            return create_adamw(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        case _:
+            raise AssertionError(config)  # FinetuneOptim is no kind
 
 
 def dtype(config: cfg.Optim) -> torch.dtype:

@@ -10,6 +10,7 @@ from mpm.config.data import (
     FolderData,
     FolderSource,
     HeldOut,
+    INaturalistSource,
     PretrainData,
     PretrainView,
     Source,
@@ -47,6 +48,14 @@ from mpm.config.objective import (
     Predictor,
     Target,
 )
+from mpm.config.optimizers import (
+    AdamWOptim,
+    AnyFinetuneOptim,
+    FinetuneOptim,
+    LambOptim,
+    LarsOptim,
+    SGDOptim,
+)
 from mpm.config.pretraining import PretrainConfig, TokenizerConfig
 from mpm.config.section import Section
 from mpm.config.tokenizer import (
@@ -64,9 +73,9 @@ from mpm.config.tokenizer import (
     VQKDObjective,
 )
 from mpm.config.training import (
+    ConstantSchedule,
     CosineSchedule,
     Ema,
-    FinetuneOptim,
     Init,
     Labels,
     Mixup,
@@ -82,12 +91,15 @@ from mpm.config.training import (
 
 __all__ = [
     "TOKENIZER_KINDS",
+    "AdamWOptim",
     "Anneal",
+    "AnyFinetuneOptim",
     "Backbone",
     "BlockMask",
     "ClassAttentionReadout",
     "ClassPretrainingPredictor",
     "CodeTarget",
+    "ConstantSchedule",
     "ConvStem",
     "CosineSchedule",
     "DVAEObjective",
@@ -103,11 +115,14 @@ __all__ = [
     "HOGTarget",
     "HOGTeacher",
     "HeldOut",
+    "INaturalistSource",
     "ImportedConfig",
     "ImportedData",
     "Init",
     "KMeansObjective",
     "Labels",
+    "LambOptim",
+    "LarsOptim",
     "LatentTarget",
     "LinearPredictor",
     "LinearStem",
@@ -132,6 +147,7 @@ __all__ = [
     "RandomMask",
     "Readout",
     "Run",
+    "SGDOptim",
     "Schedule",
     "Section",
     "Source",

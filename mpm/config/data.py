@@ -22,6 +22,7 @@ __all__ = [
     "FolderData",
     "FolderSource",
     "HeldOut",
+    "INaturalistSource",
     "PretrainData",
     "PretrainView",
     "Source",
@@ -70,10 +71,20 @@ class TorchvisionSource(Section):
     """Its class in torchvision.datasets."""
     root: Location = Field(default="data", validate_default=True)
     """Folder that holds the downloaded files."""
-    split: Literal["train", "val", "test"] = "train"
-    """Part of the set."""
+    split: Literal["train", "val", "trainval", "test"] = "train"
+    """Part of the set; trainval: both (Flowers102)."""
     download: bool = False
     """Fetch the files where they are missing."""
+
+
+class INaturalistSource(Section):
+    """iNaturalist 2018 or 2019, as the competitions give it: images, and files of annotations."""
+
+    kind: Literal["inaturalist"] = "inaturalist"
+    root: Location
+    """Folder that the annotations' file names start from."""
+    annotations: Location
+    """JSON file, such as train2018.json; in root, unless absolute."""
 
 
 class SyntheticSource(Section):
@@ -96,7 +107,9 @@ class HeldOut(Section):
     """Share of the training images, drawn with the seed of the run."""
 
 
-Source = Annotated[FolderSource | TorchvisionSource | SyntheticSource, Field(discriminator="kind")]
+Source = Annotated[
+    FolderSource | TorchvisionSource | INaturalistSource | SyntheticSource, Field(discriminator="kind")
+]
 
 
 def _held_out(value: Any) -> Any:
@@ -104,7 +117,10 @@ def _held_out(value: Any) -> Any:
 
 
 Validation = Annotated[
-    Annotated[FolderSource | TorchvisionSource | SyntheticSource | HeldOut, Field(discriminator="kind")],
+    Annotated[
+        FolderSource | TorchvisionSource | INaturalistSource | SyntheticSource | HeldOut,
+        Field(discriminator="kind"),
+    ],
     BeforeValidator(_held_out),
 ]
 
@@ -153,6 +169,9 @@ class SyntheticData(PretrainView, SyntheticSource):
 PretrainData = Annotated[FolderData | TorchvisionData | SyntheticData, Field(discriminator="kind")]
 
 
+_CROP_SCALE, _CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+
+
 class FinetuneData(Section):
     """Labelled images, and how they become training and evaluation views."""
 
@@ -170,9 +189,11 @@ class FinetuneData(Section):
     """What chooses the best checkpoint: a source, or {fraction: 0.1} of the training images."""
     test: Source | None = None
     """Looked at once, with the chosen checkpoint."""
-    crop_scale: Range = (0.08, 1.0)
+    crop: Literal["resized", "simple"] = "resized"
+    """Of random area and aspect; or of the resized image, padded by 4 pixels (DeiT III on ImageNet-21k)."""
+    crop_scale: Range = _CROP_SCALE
     """Area of the random crop as a share of the image, smallest and largest."""
-    crop_ratio: Range = (3 / 4, 4 / 3)
+    crop_ratio: Range = _CROP_RATIO
     """Width over height of the crop, smallest and largest."""
     flip: bool = True
     """Mirror half of the views."""
@@ -180,6 +201,8 @@ class FinetuneData(Section):
     """Strength of random brightness, contrast and saturation."""
     rand_augment: str | None = None
     """RandAugment in timm's words, such as rand-m9-mstd0.5-inc1."""
+    three_augment: bool = False
+    """One of grey, solarised and blurred for each view (3-Augment, DeiT III); before color_jitter."""
     erasing: Probability = 0.0
     """Probability that a random rectangle of the view is erased."""
     interpolation: Interpolation = "bicubic"
@@ -193,6 +216,11 @@ class FinetuneData(Section):
     def _check(self) -> "FinetuneData":
         _check_crop_scale(self.crop_scale)
         _check_statistics(self.channels, self.mean, self.std)
+        self._check_crop()
+        if self.three_augment and self.channels not in (None, 1, 3):
+            raise ValueError(
+                f"three_augment needs 1 or 3 channels, not {self.channels}; set three_augment to false"
+            )
         if self.rand_augment is not None:
             if not self.rand_augment.startswith("rand"):
                 raise ValueError(
@@ -207,7 +235,18 @@ class FinetuneData(Section):
                     f"rand_augment replaces color_jitter {self.color_jitter:g}; set color_jitter to 0, "
                     "or rand_augment to null"
                 )
+            if self.three_augment:
+                raise ValueError(
+                    "rand_augment and three_augment take each other's place; "
+                    "set rand_augment to null, or three_augment to false"
+                )
         return self
+
+    def _check_crop(self) -> None:
+        if self.crop == "simple":
+            for key, default in (("crop_scale", _CROP_SCALE), ("crop_ratio", _CROP_RATIO)):
+                if (value := getattr(self, key)) != default:
+                    raise ValueError(f"crop simple has no {key}; leave out {list(value)}")
 
 
 def _check_crop_scale(scale: tuple[float, float]) -> None:

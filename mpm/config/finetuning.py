@@ -9,10 +9,10 @@ from mpm.config.data import (
     FinetuneData,
 )
 from mpm.config.model import Backbone, Readout
+from mpm.config.optimizers import AnyFinetuneOptim
 from mpm.config.section import Count, NotNegative, Section, Seed
 from mpm.config.training import (
     Ema,
-    FinetuneOptim,
     Init,
     Labels,
     Mixup,
@@ -49,7 +49,7 @@ class FinetuneConfig(Section):
     """Share of the label spread over all classes."""
     loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
     """Cross entropy over the classes, or a binary one for each class."""
-    optim: FinetuneOptim
+    optim: AnyFinetuneOptim
     """How."""
     ema: Ema | None = None
     """Moving average of the weights; null: none."""
@@ -57,6 +57,8 @@ class FinetuneConfig(Section):
     """Steps between two evaluations; null: after each epoch."""
     head_init_std: NotNegative = 0.02
     """Deviation of the classifier's first weights (BEiT: 2e-5, MAE: 2e-5)."""
+    head_norm: Literal["none", "batch"] = "none"
+    """Before the heads; batch: over the batch and all processes, without weights (MAE's linear probe)."""
 
     @model_validator(mode="after")
     def _check(self) -> "FinetuneConfig":

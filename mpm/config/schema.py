@@ -51,7 +51,10 @@ def kind_of(section: type[Section]) -> str | None:
 def at(sections: Sections, raw: Any) -> Sections:
     """Of the sections that may stand at a place, those that a value's `kind` leaves."""
     kind = raw.get("kind") if isinstance(raw, Mapping) else None
-    return [section for section in sections if kind_of(section) == kind] or sections
+    # a misspelt `kind` is told as such, not as the default's not having the keys beside it
+    has_none = isinstance(raw, Mapping) and kind is None and raw.keys() <= set(_keys(sections))
+    default = [section for section in sections if section.is_default_kind and has_none]
+    return [section for section in sections if kind_of(section) == kind] or default or sections
 
 
 def names(sections: Sections, prefix: str = "") -> Iterator[str]:
@@ -94,9 +97,10 @@ def suggestion(unknown: UnknownKey, everywhere: Sequence[str], *, elsewhere: str
         elsewhere: says which other configuration has a key of this name; None: there is none.
     """
     prefix, dot, key = unknown.name.rpartition(".")
-    here = _keys(at(unknown.sections, unknown.raw))
+    chosen = at(unknown.sections, unknown.raw)
+    here = _keys(chosen)
     if kinds := [str(kind_of(section)) for section in unknown.sections if key in section.model_fields]:
-        return f"kind {unknown.raw.get('kind')} does not have it, only {' and '.join(kinds)}"
+        return f"kind {kind_of(chosen[0])} does not have it, only {' and '.join(kinds)}"
     last = {name.rpartition(".")[2]: name for name in reversed(everywhere)}
     if elsewhere is not None:
         return f"{elsewhere}; " + (f"did you mean {last[key]}?" if key in last else "remove it")
@@ -113,6 +117,10 @@ def _keys(sections: Sections) -> list[str]:
 
 def _nearest(key: str, candidates: Sequence[str]) -> str | None:
     """The most similar name, or one that is the initials of the key (larning_rate: lr) or has them (wd)."""
+    for letters in (0, 1):
+        for name in candidates:
+            if len(name) == len(key) and sum(a != b for a, b in zip(name, key, strict=True)) == letters:
+                return name
     if close := difflib.get_close_matches(key, candidates, n=1, cutoff=0.5):
         return close[0]
     related = (name for name in candidates if len(name) > 1 and len(key) > 1 and _related(name, key))

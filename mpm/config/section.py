@@ -30,6 +30,8 @@ class Section(BaseModel):
 
     alternatives: ClassVar[dict[str, str]] = {}
     """Keys that state one thing in two units: an override of one replaces the other."""
+    is_default_kind: ClassVar[bool] = False
+    """Whether this section is meant where others may stand too and no `kind` is stated."""
 
 
 def _square(value: Any) -> Any:

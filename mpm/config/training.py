@@ -8,12 +8,13 @@ from mpm.config.data import Source
 from mpm.config.section import Count, Fraction, Location, NotNegative, Positive, Probability, Section, Seed
 
 __all__ = [
+    "ConstantSchedule",
     "CosineSchedule",
     "Ema",
-    "FinetuneOptim",
     "Init",
     "Labels",
     "Mixup",
+    "Moments",
     "Monitor",
     "MultistepSchedule",
     "Optim",
@@ -66,13 +67,15 @@ class Init(Section):
 
 
 class CosineSchedule(Section):
-    """Linear warm-up, then half a cosine (BEiT, MAE)."""
+    """Linear warm-up, then half a cosine."""
 
     kind: Literal["cosine"] = "cosine"
     final: NotNegative = 0.0
     """Rate at the end."""
     start: NotNegative = 0.0
     """Rate at the beginning of the warm-up."""
+    over: Literal["rest", "run"] = "rest"
+    """Steps of the half cosine: those after the warm-up (BEiT, MAE), or all (timm's: DeiT, CaiT, SimMIM)."""
 
 
 class MultistepSchedule(Section):
@@ -87,11 +90,19 @@ class MultistepSchedule(Section):
     """Rate at the beginning of the warm-up."""
 
 
-Schedule = Annotated[CosineSchedule | MultistepSchedule, Field(discriminator="kind")]
+class ConstantSchedule(Section):
+    """Linear warm-up, then the same rate to the end (DeiT at 384)."""
+
+    kind: Literal["constant"] = "constant"
+    start: NotNegative = 0.0
+    """Rate at the beginning of the warm-up."""
+
+
+Schedule = Annotated[CosineSchedule | MultistepSchedule | ConstantSchedule, Field(discriminator="kind")]
 
 
 class Optim(Section):
-    """AdamW and its schedule, as both scripts use them."""
+    """Durations, rates and the rest that every optimizer has."""
 
     alternatives: ClassVar = {
         "epochs": "steps",
@@ -110,10 +121,6 @@ class Optim(Section):
     """Peak rate, absolute, for the batch as given."""
     weight_decay: NotNegative = 0.05
     """Of weights; norms and biases are not decayed."""
-    betas: Annotated[tuple[Beta, Beta], Strict(False)] = (0.9, 0.999)
-    """Decay of AdamW's two moments (MAE: [0.9, 0.95])."""
-    eps: Positive = 1e-8
-    """Added to AdamW's denominator."""
     warmup_epochs: NotNegative = 0.0
     """Length of the linear warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
@@ -155,7 +162,16 @@ class Optim(Section):
             )
 
 
-class PretrainOptim(Optim):
+class Moments(Section):
+    """What optimizers with two moments have: AdamW and LAMB."""
+
+    betas: Annotated[tuple[Beta, Beta], Strict(False)] = (0.9, 0.999)
+    """Decay of the two moments (MAE: [0.9, 0.95])."""
+    eps: Positive = 1e-8
+    """Added to the denominator (LAMB: 1e-6)."""
+
+
+class PretrainOptim(Moments, Optim):
     """AdamW for pretraining."""
 
     decay_tokens: Annotated[
@@ -164,20 +180,13 @@ class PretrainOptim(Optim):
     """Tokens whose weights decay (MAE: both; BEiT, SimMIM: the mask token)."""
 
 
-class TokenizerOptim(Optim):
+class TokenizerOptim(Moments, Optim):
     """AdamW for tokenizers; k-means has no gradient and takes durations, batch size and dtype only."""
 
     lr: NotNegative = 0.0
     """Peak rate, absolute, for the batch as given; 0 for k-means."""
     weight_decay: NotNegative = 0.0
     """Of weights; norms and biases are not decayed (BEiT v2: 1e-4)."""
-
-
-class FinetuneOptim(Optim):
-    """AdamW for fine-tuning."""
-
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Rate of a layer over that of the next (BEiT, MAE: 0.65 to 0.8)."""
 
 
 class Monitor(Section):

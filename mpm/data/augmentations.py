@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 
@@ -79,19 +79,55 @@ class RandAugment:
                 f"rand_augment works on 8-bit images of 1 or 3 channels, got {image.dtype} with {channels}; "
                 "set rand_augment: null"
             )
-        pixels = image[0] if channels == 1 else image.permute(1, 2, 0)
         seed = int(rng.integers(2**32))
         # timm draws from the global generators of Python and numpy.
         python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002
         try:
-            augmented = self._transforms[channels](Image.fromarray(pixels.numpy()))
+            augmented = self._transforms[channels](_as_pillow(image))
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
-        pixels = torch.from_numpy(np.array(augmented))
-        return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
+        return _as_tensor(augmented)
+
+
+class ThreeAugment:
+    """One of three changes for each image: grey, solarised, or blurred (3-Augment, arXiv:2204.07118).
+
+    As released: luma of ITU-R 601, inversion from 128 on, Pillow's Gaussian blur with a radius in [0.1, 2].
+    """
+
+    def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+        """[C,h,w] -> [C,h,w], uint8.
+
+        Raises:
+            ValueError: if the image is deeper than 8 bits, or has neither 1 nor 3 channels.
+        """
+        if len(image) not in (1, 3) or image.dtype != torch.uint8:
+            raise ValueError(
+                f"three_augment works on 8-bit images of 1 or 3 channels, got {image.dtype} with "
+                f"{len(image)}; set three_augment: false"
+            )
+        match int(rng.integers(3)):
+            case 0:
+                pixels = np.asarray(_as_pillow(image).convert("L"))
+                return torch.from_numpy(pixels.copy()).expand(len(image), -1, -1)
+            case 1:
+                return torch.where(image < 128, image, 255 - image)
+            case _:
+                blurred = _as_pillow(image).filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
+                return _as_tensor(blurred)
+
+
+def _as_pillow(image: Tensor) -> Image.Image:
+    pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+    return Image.fromarray(pixels.numpy())
+
+
+def _as_tensor(image: Image.Image) -> Tensor:
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:

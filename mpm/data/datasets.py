@@ -141,7 +141,7 @@ class TorchvisionImages:
     Args:
         name: of the class in `torchvision.datasets`.
         root: the folder torchvision keeps its sets in.
-        split: "train", "val" or "test", as far as the set has it.
+        split: "train", "val" or "test", as far as the set has it; "trainval": the first two.
         channels: of every image read.
         download: fetch what is missing, on the main process.
 
@@ -160,11 +160,14 @@ class TorchvisionImages:
     ):
         if name not in _SPLITS:
             raise ValueError(f"data set {name!r} is unknown; use one of {', '.join(_SPLITS)}")
-        if split not in _SPLITS[name]:
-            raise ValueError(f"{name} has no split {split!r}; use {' or '.join(_SPLITS[name])}")
+        splits = _SPLITS[name]
+        wanted = ("train", "val") if split == "trainval" else (split,)
+        if not splits.keys() >= set(wanted):
+            raise ValueError(f"{name} has no split {split!r}; use {' or '.join(splits)}")
         self.channels = channels
         with main_process_first():
-            stored = _open_torchvision(name, Path(root), _SPLITS[name][split], download=download)
+            parts = [_open_torchvision(name, Path(root), splits[s], download=download) for s in wanted]
+        stored = parts[0]
         self._prefix = f"{name}/{split}"
         self._pixels: Tensor | None = None  # uint8 [n,C,H,W]
         if hasattr(stored, "data"):
@@ -172,7 +175,8 @@ class TorchvisionImages:
             self._pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
             self._labels = np.asarray(stored.targets, np.int64)
         else:
-            files, labels = zip(*(stored[index] for index in range(len(stored))), strict=True)
+            entries = (part[index] for part in parts for index in range(len(part)))
+            files, labels = zip(*entries, strict=True)
             self._paths = PathTable.of(os.fsencode(file) for file in files)
             self._labels = np.array(labels, np.int64)
         self.classes: tuple[str, ...] | None = _class_names(stored, int(self._labels.max()) + 1)

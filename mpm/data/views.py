@@ -5,13 +5,14 @@ Every draw comes from a generator of one sample's own, so views do not depend on
 
 import copy
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mpm.data.augmentations import ColorJitter, RandAugment
+from mpm.data.augmentations import ColorJitter, RandAugment, ThreeAugment
 from mpm.patchify.masks import MaskSampler
 
 CROP_STREAM, MASK_STREAM = 0, 1
@@ -87,6 +88,14 @@ class RandomCrop(NamedTuple):
         ratio = min(max(W / H, self.ratio[0]), self.ratio[1])  # the largest centre crop of a legal aspect
         w, h = min(W, round(H * ratio)), min(H, round(W / ratio))
         return centre_crop(image, (h, w))
+
+
+def cover(image: Tensor, size: tuple[int, int], *, interpolation: str) -> Tensor:
+    """The smallest resized image of the same proportions that covers a size: [C,H,W] -> [C,>=h,>=w]."""
+    (H, W), (h, w) = image.shape[-2:], size
+    height_decides = h * W >= w * H
+    resized = (h, max(w, int(h * W / H))) if height_decides else (max(h, int(w * H / W)), w)
+    return resize(image, resized, interpolation=interpolation)
 
 
 def centre_crop(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -185,11 +194,13 @@ class TrainView:
 
     Args:
         image_size: height, width of the result in pixels.
+        crop: gives images of that size, as `SimpleCrop`; None: a random crop, resized.
         crop_scale: share of the image's area.
         crop_ratio: width by height of the crop.
         flip: mirror every other image.
         color_jitter: as in `PretrainView`; not together with `rand_augment`.
         rand_augment: timm's policy string, like "rand-m9-mstd0.5-inc1"; for 8 bits and 1 or 3 channels.
+        three_augment: grey, solarised or blurred, before the jitter; for the same images.
         interpolation: "bilinear", "bicubic" or "lanczos".
     """
 
@@ -197,18 +208,21 @@ class TrainView:
         self,
         image_size: tuple[int, int],
         *,
+        crop: Callable[[Tensor, np.random.Generator], Tensor] | None = None,
         crop_scale: tuple[float, float] = (0.08, 1.0),
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: bool = True,
         color_jitter: float = 0.0,
         rand_augment: str | None = None,
+        three_augment: bool = False,
         interpolation: str = "bicubic",
     ):
         if color_jitter and rand_augment:
             raise ValueError("rand_augment changes colours already; set color_jitter to 0")
         self.image_size = image_size
-        self._crop = RandomCrop(crop_scale, crop_ratio)
+        self._crop = RandomCrop(crop_scale, crop_ratio) if crop is None else crop
         self._flip = flip
+        self._three_augment = ThreeAugment() if three_augment else None
         self._jitter = ColorJitter(color_jitter) if color_jitter else None
         self._rand_augment = RandAugment(rand_augment, image_size) if rand_augment else None
         self._interpolation = interpolation
@@ -218,6 +232,8 @@ class TrainView:
         view = resize(self._crop(image, rng), self.image_size, interpolation=self._interpolation)
         if self._flip and rng.random() < 0.5:
             view = view.flip(-1)
+        if self._three_augment is not None:
+            view = self._three_augment(view, rng)
         if self._jitter is not None:
             view = self._jitter.draw(len(view), rng)(view)
         return view if self._rand_augment is None else self._rand_augment(view, rng)
@@ -239,8 +255,5 @@ class EvalView:
 
     def __call__(self, image: Tensor) -> Tensor:
         """[C,H,W] -> [C,h,w], same type."""
-        H, W = image.shape[-2:]
-        h, w = self._covered
-        height_decides = h * W >= w * H
-        resized = (h, max(w, int(h * W / H))) if height_decides else (max(h, int(w * H / W)), w)
-        return centre_crop(resize(image, resized, interpolation=self._interpolation), self.image_size)
+        covering = cover(image, self._covered, interpolation=self._interpolation)
+        return centre_crop(covering, self.image_size)

@@ -14,7 +14,7 @@ __all__ = ["TokenBatchNorm", "recalibrate"]
 class TokenBatchNorm(nn.BatchNorm1d):
     """Batch normalisation of the last axis, over all others and over all processes.
 
-    As `torch.nn.SyncBatchNorm`, which has no CPU path; the state has the names of `BatchNorm2d`.
+    As `torch.nn.SyncBatchNorm`, which has no CPU path; arguments and names of the state are `BatchNorm1d`'s.
     Statistics are computed in float32.
 
     Shapes: [...,F] -> [...,F].
@@ -55,7 +55,9 @@ class TokenBatchNorm(nn.BatchNorm1d):
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        y = (wide - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+        y = (wide - mean) * torch.rsqrt(variance + self.eps)
+        if self.affine:
+            y = y * self.weight + self.bias
         return y.to(flat.dtype)
 
 

@@ -73,3 +73,48 @@ def create_adamw(
 ) -> torch.optim.AdamW:
     """Fused AdamW: one kernel for all parameters, also on a CPU."""
     return torch.optim.AdamW(list(groups), lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def create_lamb(
+    groups: Sequence[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float = 1e-6
+) -> torch.optim.Optimizer:
+    """LAMB of timm, as apex's FusedLAMB: groups that do not decay are not adapted.
+
+    It does not clip by itself, as those do by default (at a norm of 1): the loop does.
+    """
+    from timm.optim import Lamb
+
+    return Lamb(list(groups), lr=lr, betas=betas, eps=eps, max_grad_norm=None)
+
+
+def create_lars(
+    groups: Sequence[dict[str, Any]], *, lr: float, momentum: float = 0.9
+) -> torch.optim.Optimizer:
+    """LARS of timm, as MAE's: gradients of matrices are scaled, whether they decay or not; vectors' are not.
+
+    Args:
+        groups: of `parameter_groups`; one that holds both is split.
+        lr: peak rate.
+        momentum: share of the last step.
+    """
+    from timm.optim import Lars
+
+    parts = []
+    for group in groups:
+        for is_adapted in (True, False):
+            chosen = [
+                (parameter, name)
+                for parameter, name in zip(group["params"], group["names"], strict=True)
+                if (parameter.ndim > 1) == is_adapted
+            ]
+            if chosen:
+                parameters, names = map(list, zip(*chosen, strict=True))
+                parts.append({**group, "params": parameters, "names": names, "always_adapt": is_adapted})
+    return Lars(parts, lr=lr, momentum=momentum)
+
+
+def create_sgd(
+    groups: Sequence[dict[str, Any]], *, lr: float, momentum: float = 0.9, nesterov: bool = False
+) -> torch.optim.SGD:
+    """SGD with momentum; fused, as `create_adamw`."""
+    return torch.optim.SGD(list(groups), lr=lr, momentum=momentum, nesterov=nesterov, fused=True)

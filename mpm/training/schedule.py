@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 
 
 def cosine(
-    *, peak: float, steps: int, warmup_steps: int, final: float, start: float = 0.0
+    *, peak: float, steps: int, warmup_steps: int, final: float, start: float = 0.0, begin: int | None = None
 ) -> Callable[[int], float]:
     """Linear warm-up, then half a cosine, by step (BEiT, arXiv:2106.08254, `utils.cosine_scheduler`).
 
     The warm-up is `linspace(start, peak, warmup_steps)`: step 0 gets `start`, step `warmup_steps - 1` already
     `peak`. MAE's warm-up (`peak * step / warmup_steps`) reaches the peak one step later; then both are equal.
+    So does timm's, whose half cosine begins at step 0, under the warm-up.
 
     Args:
         peak: rate at the end of the warm-up.
@@ -19,16 +20,18 @@ def cosine(
         warmup_steps: steps of the warm-up, of those.
         final: rate that the cosine tends to, reached at step `steps`, one after the last.
         start: rate of step 0, unless there is no warm-up.
+        begin: step at which the half cosine begins, at most `warmup_steps`; None: there.
 
     Raises:
         ValueError: if the warm-up is not shorter than the run.
     """
     _check_warmup(warmup_steps, steps)
+    first = warmup_steps if begin is None else begin
 
     def lr_at(step: int) -> float:
         if step < warmup_steps:
             return _warmup(step, start, peak, warmup_steps)
-        progress = (step - warmup_steps) / (steps - warmup_steps)
+        progress = (step - first) / (steps - first)
         return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * progress))
 
     return lr_at

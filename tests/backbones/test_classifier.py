@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mpm.backbones.backbone import Encoded
-from mpm.backbones.classifier import Classifier
+from mpm.backbones.classifier import Classifier, fold_head_norms
 from mpm.backbones.readouts import MeanReadout, TokenReadout
 from tests.networks import DEPTH, DIM, GRID, HEADS, make_backbone, random_images, randomize
 
@@ -173,3 +173,40 @@ def test_heads_start_with_their_deviation() -> None:
     classifier.reset_heads()
     assert classifier.heads[0].weight.std().item() == pytest.approx(0.003, rel=0.03)
     assert not classifier.heads[0].bias.any()
+
+
+def probe(head_norm: str = "batch") -> Classifier:
+    torch.manual_seed(1)
+    return randomize(
+        Classifier(make_backbone(), MeanReadout(DIM), num_classes=CLASSES, head_norm=head_norm)  # type: ignore[arg-type]
+    )
+
+
+def test_a_norm_before_the_head_is_torchs_without_weights() -> None:
+    """MAE's probe: BatchNorm1d(affine=False, eps=1e-6), of this batch in training, of all in evaluation."""
+    network, images = probe(), random_images(8)
+    theirs = nn.Sequential(nn.BatchNorm1d(DIM, affine=False, eps=1e-6), network.heads[0])
+    theirs[0].load_state_dict(network.head_norms[0].state_dict())
+    vectors = network.readout(network.backbone(images))[:, 0]
+    for training in (True, False):
+        network.train(training)
+        theirs.train(training)
+        torch.testing.assert_close(network(images)[:, 0], theirs(vectors), rtol=1e-5, atol=1e-6)
+    assert {name for name, _ in network.named_parameters()} == {
+        n for n, _ in probe("none").named_parameters()
+    }
+    assert not [name for name in probe("none").state_dict() if "head_norms" in name]  # older checkpoints fit
+
+
+def test_norms_before_heads_fold_into_them() -> None:
+    network, images = probe(), random_images(8)
+    for _ in range(3):
+        network(images * 3 + 1)
+    network.eval()
+    plain = probe("none").eval()
+    plain.load_state_dict(fold_head_norms(network.state_dict()))
+    torch.testing.assert_close(plain(images), network(images), rtol=1e-5, atol=1e-5)
+    within = {f"classifier.{name}": tensor for name, tensor in network.state_dict().items()}
+    folded = {f"classifier.{name}": tensor for name, tensor in plain.state_dict().items()}
+    torch.testing.assert_close(fold_head_norms(within), folded)
+    assert fold_head_norms(plain.state_dict()).keys() == plain.state_dict().keys()

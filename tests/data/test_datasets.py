@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from PIL import Image
 
@@ -202,3 +203,28 @@ def test_another_seed_gives_other_images_of_the_same_synthetic_classes() -> None
             for source in (first, second)
         ]
         torch.testing.assert_close(*colours, rtol=0, atol=3)  # classes are up to 115 grey levels apart
+
+
+def test_the_training_and_validation_parts_of_flowers_are_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeiT learns from both: 1,020 + 1,020 of the real ones; here 2 + 2."""
+    monkeypatch.setattr("torchvision.datasets.Flowers102._check_integrity", lambda self: True)
+    folder = tmp_path / "flowers-102"
+    for number in range(1, 7):
+        write(folder / "jpg" / f"image_{number:05d}.jpg", 10 * number)
+    labels = {"labels": np.array([[102, 1, 7, 1, 2, 3]])}
+    scipy.io.savemat(folder / "imagelabels.mat", labels)
+    parts = {"trnid": np.array([[3, 1]]), "valid": np.array([[4, 6]]), "tstid": np.array([[2, 5]])}
+    scipy.io.savemat(folder / "setid.mat", parts)
+    opened = partial(TorchvisionImages, "Flowers102", root=tmp_path, channels=3)
+    both, test = opened(split="trainval"), opened(split="test")
+    assert [Path(both.name(index)).stem[-1] for index in range(len(both))] == ["3", "1", "4", "6"]
+    assert [both.label(index) for index in range(4)] == [6, 101, 0, 2]
+    assert both.classes == test.classes
+    assert len(both.classes) == 102
+
+
+def test_a_set_without_a_validation_part_has_none_to_merge(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="CIFAR10 has no split 'trainval'; use train or test"):
+        TorchvisionImages("CIFAR10", root=tmp_path, split="trainval", channels=3)

@@ -78,3 +78,47 @@ def test_repeated_augmentation_shows_fewer_images_more_often() -> None:
 def test_batches_that_cannot_be_shared_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         keys(40, 16, **options)
+
+
+def official_epoch(count: int, replicas: int) -> list[list[int]]:
+    """deit/samplers.py: indices of each process, without the shuffle."""
+    repeated = [image for image in range(count) for _ in range(3)]
+    total = -(-count * 3 // replicas) * replicas
+    repeated += repeated[: total - len(repeated)]
+    return [repeated[rank::replicas][: count // 256 * 256 // replicas] for rank in range(replicas)]
+
+
+def test_repeated_augmentation_keeps_the_length_of_the_epoch() -> None:
+    """The released sampler shows 768 of 1000 samples, and none of fewer than 256 images."""
+    assert len(official_epoch(1000, 1)[0]) == 768
+    assert official_epoch(200, 1) == [[]]
+    stream = EpochStream(1000, 32, seed=0, start_step=0, stop_step=1, rank=0, world_size=1, repeats=3)
+    assert stream.steps_per_epoch == 1000 // 32
+    assert len(keys(1000, 32, stop_step=31, repeats=3)) == 31 * 32
+    few = keys(200, 32, stop_step=6, repeats=3)
+    assert len(set(few)) == 192
+    assert {key.epoch for key in few} == {0}
+    smallest = keys(5, 4, stop_step=3, repeats=3)
+    assert len(set(smallest)) == 12
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_repeated_augmentation_does_not_depend_on_the_processes(world_size: int) -> None:
+    """Each global batch has the same samples; the released sampler needs several processes to spread an image."""
+    shares = [
+        keys(100, 12, stop_step=8, repeats=3, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    per_step = 12 // world_size
+    for step in range(8):
+        batch = [key for share in shares for key in share[step * per_step : (step + 1) * per_step]]
+        assert batch == keys(100, 12, stop_step=8, repeats=3)[step * 12 : (step + 1) * 12]
+        assert set(Counter(key.image for key in batch).values()) == {3}
+
+
+def test_repeated_augmentation_comes_to_all_images_over_the_epochs() -> None:
+    """A third of the images an epoch, as published, but another third each time."""
+    epochs = 30
+    seen = keys(60, 6, stop_step=10 * epochs, repeats=3)
+    thirds = [{key.image for key in seen if key.epoch == epoch} for epoch in range(epochs)]
+    assert {len(third) for third in thirds} == {20}
+    assert len(set().union(*thirds)) == 60

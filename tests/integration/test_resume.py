@@ -110,6 +110,25 @@ def stop_at(run: Launched, step: int, number: signal.Signals) -> None:
         assert run.wait(GRACE_S) == 0, run.output
 
 
+OPTIMIZERS = {
+    "lamb": ["optim.kind=lamb"],
+    "lars": ["optim.kind=lars", "head_norm=batch"],
+    "sgd": ["optim.kind=sgd", "optim.nesterov=true"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_continues_bit_by_bit(name: str, tmp_path: Path) -> None:
+    words = [*SCRATCH, *OPTIMIZERS[name], "data.three_augment=true", "data.crop=simple", "data.repeats=3"]
+    words += ["optim.steps=9", "optim.warmup_steps=2", "optim.layer_decay=0.75"]
+    finetune(finetune_config(tmp_path / "straight", *words))
+    finetune(finetune_config(tmp_path / "stopped", *words), stop_after=4)
+    finetune(finetune_config(tmp_path / "stopped", *words))
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
+    assert_identical(everything_saved(tmp_path / "stopped"), everything_saved(tmp_path / "straight"))
+
+
 PROCESSES = [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.torchrun)]
 
 

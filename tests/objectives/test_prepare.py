@@ -120,3 +120,47 @@ def test_the_batch_itself_is_left_as_it_was(deep: bool) -> None:
     before = batch.images.clone()
     prepare(mixing=Mixing(), erasing=1.0)(batch)
     assert torch.equal(batch.images, before)
+
+
+class AsTheyAre:
+    """A normalisation that changes nothing."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.clone()
+
+
+def numbered(batch: int = 6, side: int = 8) -> tuple[Labelled, Tensor]:
+    """Images that hold a power of two each, so that a mixed pixel tells its two images; and the powers."""
+    powers = 2.0 ** -torch.arange(1, batch + 1)
+    images = powers[:, None, None, None].expand(batch, 1, side, side).clone()
+    return Labelled(images, torch.randperm(batch)), powers
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("mixing", [Mixing(cutmix=0.0), Mixing(mixup=0.0)], ids=["mixup", "cutmix"])
+def test_a_mixed_label_is_the_share_of_its_pixels(mixing: Mixing, seed: int, smoothing: float) -> None:
+    """Counted in the images themselves: image i is mixed with the one that is as far from the end."""
+    batch, powers = numbered()
+    seed_all(seed)
+    prepare_six = PrepareLabelled(
+        normalize=AsTheyAre(), num_classes=6, device=CPU, mixing=mixing, label_smoothing=smoothing
+    )
+    images, targets = prepare_six(batch)
+    for row in range(6):
+        own, other = powers[row], powers[5 - row]
+        share = ((images[row] - other) / (own - other)).mean()
+        expected = torch.full((6,), smoothing / 6)
+        expected[batch.labels[row]] += (1 - smoothing) * share
+        expected[batch.labels[5 - row]] += (1 - smoothing) * (1 - share)
+        torch.testing.assert_close(targets[row], expected, rtol=0, atol=1e-5)
+
+
+def test_a_binary_loss_sees_the_one_or_two_classes_of_a_mix_and_all_where_labels_are_smoothed() -> None:
+    """deit/engine.py binarises by `.gt(0)`: smoothed, every class is present, which is why it is refused."""
+    batch = labelled()
+    for smoothing, expected in ((0.0, {1, 2}), (0.1, {CLASSES})):
+        targets = prepare(mixing=Mixing(), label_smoothing=smoothing)(batch).targets
+        assert set(targets.gt(0).sum(1).tolist()) <= expected
+    plain = prepare()(batch).targets  # without mixing the released code gives the loss whole numbers
+    assert torch.equal(plain.gt(0), F.one_hot(batch.labels, CLASSES).bool())
