@@ -173,6 +173,20 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(scores)
 
 
+def _attention(options: argparse.Namespace) -> None:
+    from mpm.commands.attention import draw_attention
+
+    draw_attention(
+        options.checkpoint,
+        options.words,
+        output=options.output,
+        query=options.query,
+        image_size=options.image_size,
+        most=max(1, options.images),
+        device=options.device,
+    )
+
+
 def _reconstruct(options: argparse.Namespace) -> None:
     model = configfile.model_of(options.checkpoint / "config.yaml")
     if model is ImportedConfig:
@@ -288,6 +302,7 @@ _COMMANDS = {
     "tokenize": _tokenize,
     "predict": _predict,
     "evaluate": _evaluate,
+    "attention": _attention,
     "reconstruct": _reconstruct,
     "features": _features,
     "models": _models,

@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_tokenize,
         _add_predict,
         _add_evaluate,
+        _add_attention,
         _add_reconstruct,
         _add_features,
         _add_models,
@@ -151,6 +152,31 @@ def _add_evaluate(commands: Any) -> None:
         "-o", "--output", type=_output, metavar="FILE", help="picture of the confusion matrix, PNG"
     )
     command.add_argument("--json", action="store_true", help="print JSON, with the confusion matrix")
+
+
+def _add_attention(commands: Any) -> None:
+    command = _add(
+        commands,
+        "attention",
+        "draw where a network looks",
+        more="A row for each image: the image, the mean over the heads, each head. Shown is what\n"
+        "the vector of the image is read with: the class token's attention in the last block, the class\n"
+        "attention of CaiT (a row for each of its blocks), or the mean over the patches in the last block.",
+        example="mpm attention runs/flowers photos/*.jpg -o attention.png",
+    )
+    _add_checkpoint(command, "of pretraining or fine-tuning")
+    _add_images(command)
+    command.add_argument("-o", "--output", type=_output, required=True, metavar="FILE", help="picture, PNG")
+    command.add_argument(
+        "--query", choices=("class_token", "patches"), help="what asks in the last block, where not the above"
+    )
+    command.add_argument(
+        "--image-size", type=_sides, metavar="S or HxW", help="pixels (default: those of training)"
+    )
+    command.add_argument(
+        "--images", type=_natural, default=8, metavar="N", help="show at most so many (default 8)"
+    )
+    _add_device(command)
 
 
 def _add_reconstruct(commands: Any) -> None:
