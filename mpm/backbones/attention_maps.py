@@ -23,7 +23,7 @@ class AttentionMaps(NamedTuple):
     Attributes:
         weights: float32 [B,G,h,rows,columns]; with the weights of prefix tokens or queries, which are left
             out, each map sums to 1, but after talking heads, which mix the heads' weights, to anything.
-        groups: G names: "" of the last block, or of each of its branches, or of each class-attention block.
+        groups: G names: "" of the last block, or those of its branches, or of the class-attention blocks.
         query: what asks, in words.
     """
 
@@ -57,9 +57,9 @@ def attention_maps(
 ) -> AttentionMaps:
     """Attention of the last step before what is read.
 
-    Class attention is shown block by block, as CaiT's paper does (arXiv:2103.17239). Otherwise it is that of
-    the trunk's last block: of the class token (as in DINO, arXiv:2104.14294), or the mean over the patches that
-    ask, which is what the mean of the patches' outputs weighs the values with.
+    Class attention is shown block by block, as in CaiT's paper (arXiv:2103.17239). Otherwise it is that of
+    the trunk's last block: of the class token, as in DINO's (arXiv:2104.14294), or the mean over the patches
+    that ask, which is what the mean of the patches' outputs weighs the values with.
 
     Args:
         backbone: in eval mode.
@@ -77,9 +77,9 @@ def attention_maps(
         Q = readout.num_vectors
         with recorded_attention(readout.blocks) as recorded:
             readout(backbone(images))
-        names = [f"class attention {number}" for number in range(1, len(recorded) + 1)]
+        names = [f"block {number}" for number in range(1, len(recorded) + 1)]
         weights = torch.stack(recorded, 1)[..., 0, Q:]  # [B,G,h,N]
-        asks = "class token"
+        asks = "class token, class attention"
     else:
         last = backbone.blocks[-1]
         with recorded_attention(last) as recorded:

@@ -55,15 +55,15 @@ def draw_attention(
         log.info("showing the first %d of %d images", most, len(files))
     source = ImageFiles(files[:most], network.reading)
     rows: list[list[Tile | None]] = []
+    is_signed = False
     for places, views in readable_views(source, network.view, workers=0):
         for place, view in zip(places, views, strict=True):
             maps = network.attention(view[None], query=query)
             shown = scaled(displayable(to_unit_range(view)[None])[0], _TILE_PX)
+            is_signed |= bool((maps.weights < 0).any())
             rows += _rows(shown, Path(source.name(place)).name, maps)
-    legend = (
-        f"attention of the {maps.query}; colour: from 0 to the largest weight of each map, written below it"
-    )
-    if (maps.weights < 0).any():
+    legend = f"attention of the {maps.query}; colour: from 0 to the map's largest weight (max)"
+    if is_signed:
         legend += "; weights below 0 (talking heads) are drawn as 0"
     write_picture(output, gallery(rows, legend=legend, bar=colour_bar()))
     log.info("wrote %s: %s", output, legend)

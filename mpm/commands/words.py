@@ -142,16 +142,48 @@ def _add_evaluate(commands: Any) -> None:
     command = _add(
         commands,
         "evaluate",
-        "score a fine-tuned checkpoint on its test images, or on others",
-        more="Prints top-1, top-5, balanced accuracy, macro F1, and precision, recall and F1 of each class.",
-        example="mpm evaluate runs/flowers data.test.kind=folder data.test.root=photos/test -o confusion.png",
+        "score fine-tuned checkpoints on their test images, or on others",
+        more="Of one: top-1, top-5, balanced accuracy, macro F1, calibration error, images per second, and\n"
+        "precision, recall and F1 of each class. Of several, or at several sizes or crops: a table.\n"
+        "Folders named 0, 1, 2, ... are classes by number, as in ImageNet-V2.",
+        example="mpm evaluate runs/flowers data.test.kind=folder data.test.root=photos -o confusion.png",
     )
-    _add_checkpoint(command, "of fine-tuning")
-    _add_overrides(command, f"other test images: replaces values of {', '.join(FREE_TO_CHANGE)}")
+    command.set_defaults(word=_checkpoint_or_override)
+    command.add_argument(
+        "words",
+        nargs="+",
+        type=_checkpoint_or_override,
+        metavar="CHECKPOINT or key=value",
+        help="of fine-tuning: a run's folder (its best, else its newest), a step_* in it, or a folder of mpm "
+        f"import; other test images: replaces values of {', '.join(FREE_TO_CHANGE)}",
+    )
+    command.add_argument(
+        "--image-sizes",
+        type=_sides,
+        nargs="+",
+        metavar="S or HxW",
+        help="pixels; positions are resampled (default: those of training)",
+    )
+    command.add_argument(
+        "--crops",
+        type=_share,
+        nargs="+",
+        metavar="SHARE",
+        help="side of the centre crop over the resized image's (default: data.test_crop)",
+    )
+    command.add_argument(
+        "--real",
+        type=_existing,
+        metavar="FILE",
+        help="ReaL labels of ImageNet's validation images, real.json",
+    )
     command.add_argument(
         "-o", "--output", type=_output, metavar="FILE", help="picture of the confusion matrix, PNG"
     )
-    command.add_argument("--json", action="store_true", help="print JSON, with the confusion matrix")
+    command.add_argument(
+        "--mistakes", type=_output, metavar="FILE", help="picture of the surest mistakes, PNG"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON, with the confusion matrix of one")
 
 
 def _add_attention(commands: Any) -> None:
@@ -359,6 +391,20 @@ def _checkpoint(text: str) -> Path:
             f"no checkpoint in {text}; give a run's folder or a checkpoints/step_* in it"
         )
     return path
+
+
+def _checkpoint_or_override(text: str) -> Path | str:
+    return text if "=" in text and not Path(text).exists() else _checkpoint(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share; use a number above 0, at most 1, as 0.875")
+    return share
 
 
 def _output(text: str) -> Path:

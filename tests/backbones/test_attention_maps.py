@@ -107,7 +107,7 @@ def test_class_attention_is_the_first_querys_of_each_block() -> None:
     backbone = trunk_of("no prefix")
     readout = randomize(ClassAttentionReadout(DIM, HEADS, depth=3, num_vectors=2)).double()
     found = attention_maps(backbone, images_of(), readout=readout)
-    assert found.groups == ("class attention 1", "class attention 2", "class attention 3")
+    assert found.groups == ("block 1", "block 2", "block 3")
     assert found.weights.shape == (2, 3, HEADS, *GRID)
     assert (found.weights.sum((-1, -2)) < 1).all()
     nn.init.zeros_(readout.blocks[1].attn.k.weight)
