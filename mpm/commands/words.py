@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,6 +12,7 @@ __all__ = ["FREE_TO_CHANGE", "parse"]
 
 FREE_TO_CHANGE = ("run", "data.test", "data.test_crop", "data.interpolation")  # when evaluating
 _USAGE = 2
+_LISTS = {"image_sizes", "crops"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,6 +33,12 @@ def parse(words: list[str]) -> argparse.Namespace:
         parser.error(f"{' '.join(rest)} means nothing here")
     try:
         options.words = getattr(options, "words", []) + [options.word(word) for word in rest]
+        for name in (
+            _LISTS & vars(options).keys()
+        ):  # a list takes all that follows, but it ends at other words
+            listed = getattr(options, name) or []
+            options.words += [word for word in listed if isinstance(word, str | Path)]
+            setattr(options, name, [value for value in listed if not isinstance(value, str | Path)])
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))
     return options
@@ -159,14 +167,14 @@ def _add_evaluate(commands: Any) -> None:
     )
     command.add_argument(
         "--image-sizes",
-        type=_sides,
+        type=_listed(_sides),
         nargs="+",
         metavar="S or HxW",
         help="pixels; positions are resampled (default: those of training)",
     )
     command.add_argument(
         "--crops",
-        type=_share,
+        type=_listed(_share),
         nargs="+",
         metavar="SHARE",
         help="side of the centre crop over the resized image's (default: data.test_crop)",
@@ -395,6 +403,16 @@ def _checkpoint(text: str) -> Path:
 
 def _checkpoint_or_override(text: str) -> Path | str:
     return text if "=" in text and not Path(text).exists() else _checkpoint(text)
+
+
+def _listed(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A value of a list, or a word that stands after it."""
+
+    def value_or_word(text: str) -> Any:
+        is_word = "=" in text or (Path(text).expanduser() / "config.yaml").is_file()
+        return _checkpoint_or_override(text) if is_word else convert(text)
+
+    return value_or_word
 
 
 def _share(text: str) -> float:
