@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mpm import configfile
-from mpm.commands.words import FREE_TO_CHANGE, parse
+from mpm.commands.checkpoints import need_classes, tested
+from mpm.commands.words import parse
 from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig, TokenizerConfig
 from mpm.launch import give_way, is_first_process
 
@@ -166,7 +167,7 @@ def _tokenize(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    _need_classes(options.checkpoint)
+    need_classes(options.checkpoint)
     from mpm.commands.prediction import predict
 
     predict(
@@ -179,25 +180,43 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    _need_classes(options.checkpoint)
-    file = options.checkpoint / "config.yaml"
-    config = configfile.load(file, options.words, configfile.model_of(file)).config
-    assert isinstance(config, FinetuneConfig | ImportedConfig)
-    for word in options.words:
-        key = word.partition("=")[0]
-        if not any(f"{key}.".startswith(f"{free}.") for free in FREE_TO_CHANGE):
-            free = ", ".join(FREE_TO_CHANGE)
-            raise ValueError(f"override {word}: the network is what it is; only {free} can be changed")
-    if config.data.test is None:
-        raise ValueError(
-            f"{options.checkpoint} names no test images; "
-            "add data.test.kind=folder data.test.root=FOLDER, with one folder a class"
-        )
+    checkpoints = [word for word in options.words if isinstance(word, Path)]
+    if not checkpoints:
+        raise ValueError("no checkpoint; name one or more before the values to replace")
+    count = len(checkpoints) * len(options.image_sizes or [None]) * len(options.crops or [None])
+    for option, given in (("-o", options.output), ("--mistakes", options.mistakes)):
+        if given is not None and count > 1:
+            raise ValueError(
+                f"{option} draws one network at one size and crop; there are {count} combinations"
+            )
+    configs = tested(checkpoints, [word for word in options.words if not isinstance(word, Path)])
     from mpm.commands.evaluation import evaluate
 
-    scores = evaluate(options.checkpoint, config, picture=options.output, as_json=options.json)
+    scores = evaluate(
+        configs,
+        image_sizes=options.image_sizes,
+        crops=options.crops,
+        real=options.real,
+        picture=options.output,
+        mistakes=options.mistakes,
+        json=options.json,
+    )
     if is_first_process():
         print(scores)
+
+
+def _attention(options: argparse.Namespace) -> None:
+    from mpm.commands.attention import draw_attention
+
+    draw_attention(
+        options.checkpoint,
+        options.words,
+        output=options.output,
+        query=options.query,
+        image_size=options.image_size,
+        most=max(1, options.images),
+        device=options.device,
+    )
 
 
 def _reconstruct(options: argparse.Namespace) -> None:
@@ -292,29 +311,13 @@ def _export(options: argparse.Namespace) -> None:
     print(export_checkpoint(options.checkpoint, options.output, to=options.to))
 
 
-def _need_classes(checkpoint: Path) -> None:
-    file = checkpoint / "config.yaml"
-    model = configfile.model_of(file)
-    if model is TokenizerConfig:
-        raise ValueError(f"{checkpoint} is a tokenizer, not a network, and knows no classes")
-    if model is ImportedConfig:
-        config = configfile.load(file, [], ImportedConfig).config
-        is_pretrained = config.readout is None or config.num_classes is None
-    else:
-        is_pretrained = model is PretrainConfig
-    if is_pretrained:
-        raise ValueError(
-            f"{checkpoint} is of pretraining and knows no classes; fine-tune it first: "
-            f"mpm finetune --config FILE init.checkpoint={checkpoint}"
-        )
-
-
 _COMMANDS = {
     "pretrain": _pretrain,
     "finetune": _finetune,
     "tokenize": _tokenize,
     "predict": _predict,
     "evaluate": _evaluate,
+    "attention": _attention,
     "reconstruct": _reconstruct,
     "features": _features,
     "models": _models,

@@ -17,7 +17,7 @@ from mpm.data.datasets import ImageSource
 from mpm.data.loading import eval_loader
 from mpm.data.substitution import Substituting
 from mpm.data.views import EvalView
-from mpm.evaluation.accuracy import Accuracy, confusion_picture, evaluate
+from mpm.evaluation.accuracy import SCORES, Accuracy, confusion_picture, evaluate
 from mpm.inheritance import has_fresh_readout, inherit, start_from, with_data
 from mpm.labelled import LabelledData, open_labelled
 from mpm.network import read_trunk
@@ -266,7 +266,7 @@ def _test(
     weights = chosen.metadata["weights"]
     score = scores[weights]
     result = {
-        "test": {name: getattr(score, name) for name in ("top1", "top5", "balanced", "macro_f1", "count")},
+        "test": {name: getattr(score, name) for name in SCORES},
         "top1_of_weights": {name: s.top1 for name, s in scores.items()},
         "weights": weights,
         "step": chosen.step,

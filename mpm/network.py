@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mpm import build, checkpoint, configfile, partial
 from mpm.backbones.adapt import adapt_state
+from mpm.backbones.attention_maps import AttentionMaps, Query, attention_maps
 from mpm.backbones.backbone import Backbone
 from mpm.backbones.classifier import Classifier
 from mpm.config import Backbone as BackboneConfig
@@ -222,9 +223,25 @@ class Network(nn.Module):
         Raises:
             ValueError: if the checkpoint is of pretraining.
         """
+        return self.logits(images).softmax(1)
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """Logarithms of the probabilities, but for a constant: arguments and errors as in `predict`."""
         if self.classifier is None:
             raise ValueError("this checkpoint is of pretraining and has no classes; fine-tune it first")
-        return self.classifier.predict(self._input(images)).softmax(1)
+        return self.classifier.predict(self._input(images))
+
+    @torch.no_grad()
+    def attention(self, images: Tensor, *, query: Query | None = None) -> AttentionMaps:
+        """Where the network looks for what it gives, see `attention_maps`.
+
+        Args:
+            images: [B,C,H,W] of the network's size, uint8 or float32 in [0,1].
+            query: "class_token" or "patches"; None: what `features` are of.
+        """
+        readout = None if self.classifier is None else self.classifier.readout
+        return attention_maps(self.backbone, self._input(images), readout=readout, query=query)
 
     def read(self, path: str | Path) -> Tensor:
         """An image file as [C,H,W], in the depth and with the channels of the training images.
@@ -242,16 +259,20 @@ class Network(nn.Module):
         return self.normalize(to_unit(images, self.normalize.mean.device))
 
 
-def load(path: str | Path, *, device: str | torch.device = "cpu") -> Network:
+def load(
+    path: str | Path, *, image_size: tuple[int, int] | None = None, device: str | torch.device = "cpu"
+) -> Network:
     """The network of a checkpoint, ready to use.
 
     Args:
         path: a run's folder (its best checkpoint, else its newest) or a checkpoint's.
+        image_size: height and width in pixels; positions are resampled as for fine-tuning at another size.
+            None: that of training.
         device: where it runs.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: if it is broken.
+        ValueError: if it is broken, or a side is not a multiple of the patch.
     """
     saved = partial.load(path)
     config = config_of(saved)
@@ -264,14 +285,16 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Network:
         classes=tuple(saved.metadata.get("classes", ())),
     )
     classifier = None
-    backbone = build.backbone(trunk.backbone, image_size=trunk.image_size, channels=trunk.channels)
+    image_size = image_size or trunk.image_size
+    backbone = build.backbone(trunk.backbone, image_size=image_size, channels=trunk.channels)
+    backbone.load_state_dict(trunk.weights_for(backbone, channels=trunk.channels))
     if trunk.readout is not None and trunk.num_classes:
         readout = build.readout(trunk.readout, trunk.backbone)
         classifier = Classifier(backbone, readout, num_classes=trunk.num_classes)
-        classifier.load_state_dict(part_of(weights, "classifier") or weights)
+        classifier.get_submodule("readout").load_state_dict(trunk.state["readout"])
+        classifier.heads.load_state_dict(trunk.state["heads"])
         norm = readout.norm
     else:
-        backbone.load_state_dict(trunk.state["backbone"])
         norm = nn.LayerNorm(backbone.dim, eps=1e-6)
         norm.load_state_dict(trunk.norm)
     crop = 1.0 if isinstance(config, PretrainConfig) else config.data.test_crop
@@ -279,7 +302,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Network:
         backbone,
         norm=norm,
         normalize=Normalize(trunk.mean, trunk.std),
-        view=EvalView(trunk.image_size, crop=crop, interpolation=config.data.interpolation),
+        view=EvalView(image_size, crop=crop, interpolation=config.data.interpolation),
         reading={"channels": trunk.channels, **_depth(config)},
         step=saved.step,
         classifier=classifier,

@@ -31,6 +31,7 @@ COMMANDS = [
     "finetune",
     "predict",
     "evaluate",
+    "attention",
     "reconstruct",
     "features",
     "models",
@@ -92,6 +93,19 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_overrides_may_stand_anywhere(line: str) -> None:
     assert words.parse(["pretrain", *line.split()]).words == ["a=1", "b=2"]
+
+
+def test_lists_end_at_words_of_another_kind(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+    a, b = tmp_path / "a", tmp_path / "b"
+    line = f"evaluate {a} --image-sizes 160 224x192 k=v --crops 0.875 1 {b}"
+    options = words.parse(line.split())
+    assert (options.image_sizes, options.crops) == ([(160, 160), (224, 192)], [0.875, 1.0])
+    assert sorted(map(str, options.words)) == sorted([str(a), str(b), "k=v"])
+    with pytest.raises(SystemExit):
+        words.parse(f"evaluate {a} --crops 1.5".split())
 
 
 def test_config_shows_every_value_and_its_origin(capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,6 +249,9 @@ def test_evaluation_takes_other_images_and_prints_a_table(
     ended = commands("mpm", "evaluate", finetuned, "data.test.count=9", "run.workers=0")
     assert ended.status == 0, ended.err
     assert re.search(r"images +9\ntop-1 .*\ntop-5 .*\nbalanced accuracy .*\nmacro F1 ", ended.out)
+    assert re.search(
+        r"macro F1 .*\ncalibration error .*%\n(.*\n)*images/s .* \(float32, batch 32, ", ended.out
+    )
     assert re.search(r"texture_3 +2 ", ended.out)
     ended = commands("mpm", "evaluate", finetuned, "data.test.kind=folder", f"data.test.root={photos}")
     assert ended.status == 2

@@ -37,11 +37,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     Returns: [B,h,S,d].
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not _has_amx():
-        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        if bias is not None:
-            logits = logits + bias.to(logits.dtype)
-        return logits.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+        return _weights(_logits(q, k), bias).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
+
+
+def _logits(q: Tensor, k: Tensor) -> Tensor:
+    return (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+
+
+def _weights(logits: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax over the keys, in float32 at least: [B,h,S,T]."""
+    if bias is not None:
+        logits = logits + bias.to(logits.dtype)
+    return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 @cache
@@ -51,6 +59,10 @@ def _has_amx() -> bool:
 
 class Softmax(nn.Module):
     """Softmax attention, see `attend`."""
+
+    def weights(self, q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What `forward` multiplies the values with: [B,h,S,d], [B,h,T,d] -> [B,h,S,T], rows sum to 1."""
+        return _weights(_logits(q, k), bias)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         """[B,h,S,d], [B,h,T,d], [B,h,T,d] -> [B,h,S,d]."""
@@ -73,13 +85,17 @@ class TalkingHeads(nn.Module):
         self.proj_l = nn.Linear(num_heads, num_heads)
         self.proj_w = nn.Linear(num_heads, num_heads)
 
+    def weights(self, q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What `forward` multiplies the values with: [B,h,S,d], [B,h,T,d] -> [B,h,S,T].
+
+        Mixed over the heads, they can be negative, and rows need not sum to 1.
+        """
+        weights = _weights(_mix(self.proj_l, _logits(q, k)), bias)
+        return _mix(self.proj_w, weights.to(q.dtype))
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         """[B,h,S,d], [B,h,T,d], [B,h,T,d] -> [B,h,S,d]."""
-        logits = _mix(self.proj_l, (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1))  # [B,h,S,T]
-        if bias is not None:
-            logits = logits + bias.to(logits.dtype)
-        weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        return _mix(self.proj_w, weights.to(v.dtype)) @ v
+        return self.weights(q, k, bias) @ v
 
 
 def _mix(over_heads: nn.Linear, x: Tensor) -> Tensor:
@@ -170,6 +186,7 @@ class ClassAttention(nn.Module):
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim)
         self.v = nn.Linear(dim, dim)
+        self.attend = Softmax()
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, num_queries: int) -> Tensor:
@@ -178,7 +195,7 @@ class ClassAttention(nn.Module):
             layer(tokens).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for layer, tokens in ((self.q, x[:, :num_queries]), (self.k, x), (self.v, x))
         )
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class RelativePositionBias(nn.Module):

@@ -1,16 +1,27 @@
-"""`mpm evaluate`: what a fine-tuned network gets right on labelled images."""
+"""`mpm evaluate`: what fine-tuned networks get right on labelled images, side by side."""
 
-import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
-from mpm import build
+import torch
+from torch import Tensor
+
+from mpm import build, distributed
+from mpm.commands.scores import Scores, Speed, as_json, as_table, as_text
 from mpm.config import FinetuneConfig, ImportedConfig
+from mpm.data.channels import to_unit_range
+from mpm.data.datasets import ImageSource
 from mpm.data.loading import eval_loader
 from mpm.data.views import EvalView
-from mpm.evaluation.accuracy import Accuracy, confusion_picture
-from mpm.evaluation.accuracy import evaluate as accuracy_of
-from mpm.network import load
+from mpm.evaluation.accuracy import confusion_picture, summarize
+from mpm.evaluation.classes import are_numbers, match_classes
+from mpm.evaluation.mistakes import mistakes_picture
+from mpm.evaluation.predictions import Predictions, predict_all
+from mpm.evaluation.real import RealAccuracy, places_in_validation, read_real_labels, real_accuracy
+from mpm.evaluation.throughput import images_per_second
+from mpm.network import Network, load
+from mpm.objectives.pictures import displayable
 from mpm.run import started, write_picture
 
 __all__ = ["evaluate"]
@@ -18,87 +29,118 @@ __all__ = ["evaluate"]
 log = logging.getLogger(__name__)
 
 _BATCH = 256
+_TIMED_BATCH = {"cpu": 32, "cuda": 256}
 
 
 def evaluate(
-    checkpoint: Path,
-    config: FinetuneConfig | ImportedConfig,
+    checkpoints: Sequence[tuple[Path, FinetuneConfig | ImportedConfig]],
     *,
+    image_sizes: Sequence[tuple[int, int]] | None = None,
+    crops: Sequence[float] | None = None,
+    real: Path | None = None,
     picture: Path | None = None,
-    as_json: bool = False,
+    mistakes: Path | None = None,
+    json: bool = False,
 ) -> str:
     """Scores on `data.test`, as text or JSON; every process of a torchrun calls it.
 
     Args:
-        checkpoint: of fine-tuning.
-        config: the checkpoint's, with other test images where wanted. Classes of weights that others
-            trained are matched by number, with the folders in the order of their names.
-        picture: gets the confusion matrix as PNG.
-        as_json: for machines.
+        checkpoints: of fine-tuning, each with its configuration, which may name other test images. Classes
+            that are named otherwise than a network's: see `match_classes`.
+        image_sizes: height and width in pixels; None: that of training.
+        crops: shares of the resized image's side; None: that of the configuration.
+        real: file of ReaL labels, of ImageNet's validation images.
+        picture: gets the confusion matrix as PNG; of one combination.
+        mistakes: gets the worst mistakes as PNG; of one combination.
+        json: for machines.
 
     Raises:
-        ValueError: if the images have other classes than the network, or one cannot be read.
+        ValueError: if the images have other classes than a network, or one cannot be read.
     """
-    assert config.data.test is not None
-    with started(config) as device:
-        network = load(checkpoint, device=device)
-        images = build.source(
-            config.data.test, image_size=network.image_size, channels=network.channels, labelled=True
-        )
-        classes = images.classes or ()
-        # others name their classes as they like; by number, then, but not where some names are the same
-        is_foreign = isinstance(config, ImportedConfig) and not set(classes) & set(network.classes)
-        by_number = is_foreign and len(classes) == len(network.classes)
-        if classes != network.classes and not by_number:
-            raise ValueError(_difference(classes, network.classes))
-        view = EvalView(
-            network.image_size, crop=config.data.test_crop, interpolation=config.data.interpolation
-        )
-        loader = eval_loader(images, view, batch_size=_BATCH, workers=config.run.workers)
-        scores = accuracy_of(network.predict, loader, num_classes=len(classes), device=device)
+    rows: list[Scores] = []
+    sizes: Sequence[tuple[int, int] | None] = image_sizes or [None]
+    sources: dict[
+        int, ImageSource
+    ] = {}  # by channels; generated images keep their size, whatever a network's
+    with started(checkpoints[0][1]) as device:
+        for path, config in checkpoints:
+            for image_size in sizes:
+                network = load(path, image_size=image_size, device=device)
+                if network.channels not in sources:
+                    sources[network.channels] = _source(config, network)
+                source = sources[network.channels]
+                matching = match_classes(
+                    source.classes or (), network.classes, is_foreign=isinstance(config, ImportedConfig)
+                )
+                speed = _speed(network, device)
+                for crop in crops or [config.data.test_crop]:
+                    view = EvalView(network.image_size, crop=crop, interpolation=config.data.interpolation)
+                    loader = eval_loader(source, view, batch_size=_BATCH, workers=config.run.workers)
+                    found = predict_all(
+                        network.logits, loader, num_classes=len(network.classes), device=device
+                    )
+                    found = found._replace(labels=torch.tensor(matching.number)[found.labels])
+                    scores = Scores(
+                        checkpoint=str(path),
+                        image_size=network.image_size,
+                        crop=crop,
+                        accuracy=summarize(found, num_classes=len(network.classes)),
+                        real=None if real is None else _real(real, found, source, network),
+                        classes=matching.names,
+                        matched=matching.told,
+                        left_out=sum(distributed.gather_objects(len(loader.broken))),
+                        parameters=sum(parameter.numel() for parameter in network.parameters()),
+                        speed=speed,
+                    )
+                    rows.append(scores)
         if picture is not None:
-            write_picture(picture, confusion_picture(scores.confusion, classes))
-    if by_number:
-        log.info("classes are matched by number: the folders in the order of their names")
-    return _json(scores, classes) if as_json else _text(scores, classes)
+            write_picture(picture, confusion_picture(scores.accuracy.confusion, scores.classes))
+        if mistakes is not None:
+            _draw_mistakes(mistakes, found, scores.classes, source, view)
+    for matched in dict.fromkeys(row.matched for row in rows if row.matched):
+        log.info(matched)
+    if json:
+        return as_json(rows)
+    return as_text(scores) if len(rows) == 1 else as_table(rows)
 
 
-def _difference(found: tuple[str, ...], known: tuple[str, ...]) -> str:
-    if known == tuple(map(str, range(len(known)))):
-        return (
-            f"data.test has {len(found)} classes, the network {len(known)} without names; "
-            f"give {len(known)} folders, whose names are in the order of the classes"
-        )
-    sides = {"unknown to the network": set(found) - set(known), "without images": set(known) - set(found)}
-    listed = [f"{', '.join(sorted(names)[:3])} {side}" for side, names in sides.items() if names]
-    return (
-        f"data.test has {len(found)} classes, the network {len(known)} "
-        f"({'; '.join(listed) or 'in another order'}); give a folder with exactly the network's classes"
+def _source(config: FinetuneConfig | ImportedConfig, network: Network) -> ImageSource:
+    assert config.data.test is not None
+    return build.source(
+        config.data.test, image_size=network.image_size, channels=network.channels, labelled=True
     )
 
 
-def _text(scores: Accuracy, classes: tuple[str, ...]) -> str:
-    named = {
-        "images": f"{scores.count:,}",
-        "top-1": f"{scores.top1:.2%}",
-        "top-5": f"{scores.top5:.2%}",
-        "balanced accuracy": f"{scores.balanced:.2%}",
-        "macro F1": f"{scores.macro_f1:.2%}",
-    }
-    width = max(map(len, named))
-    lines = [f"{name:<{width}}  {value}" for name, value in named.items()]
-    return "\n".join([*lines, "", scores.table(classes)])
+def _speed(network: Network, device: torch.device) -> Speed:
+    """On the main process, while the others wait."""
+    batch = _TIMED_BATCH[device.type]
+    measured = 0.0
+    if distributed.is_main():
+        shape = (batch, network.channels, *network.image_size)
+        images = torch.randint(256, shape, dtype=torch.uint8, device=device)
+        measured = images_per_second(network.logits, images)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return Speed(distributed.broadcast_object(measured), batch, name, torch.get_num_threads())
 
 
-def _json(scores: Accuracy, classes: tuple[str, ...]) -> str:
-    per_class = {
-        name: {
-            "images": int(scores.confusion[number].sum()),
-            "precision": float(scores.precision[number]),
-            "recall": float(scores.recall[number]),
-            "f1": float(scores.f1[number]),
-        }
-        for number, name in enumerate(classes)
-    }
-    overall = {name: getattr(scores, name) for name in ("count", "top1", "top5", "balanced", "macro_f1")}
-    return json.dumps(overall | {"classes": per_class, "confusion": scores.confusion.tolist()})
+def _real(file: Path, found: Predictions, source: ImageSource, network: Network) -> RealAccuracy:
+    """The file's numbers are of ImageNet's classes; a network may have these in another order."""
+    classes = network.classes
+    labels = read_real_labels(file, num_classes=len(classes))
+    if are_numbers(classes):
+        labels = [[classes.index(str(number)) for number in each] for each in labels]
+    names = (source.name(place) for place in range(len(source)))
+    return real_accuracy(found, labels, places_in_validation(names, len(labels)))
+
+
+def _draw_mistakes(
+    file: Path, found: Predictions, classes: tuple[str, ...], source: ImageSource, view: EvalView
+) -> None:
+    if found.is_right.all():
+        log.info("no mistakes; %s is not written", file)
+    elif distributed.is_main():
+
+        def image_of(place: int) -> Tensor:
+            return displayable(to_unit_range(view(source.read(place)))[None])[0]
+
+        write_picture(file, mistakes_picture(found, classes, image_of))

@@ -32,20 +32,26 @@ def parse(words: list[str]) -> argparse.Namespace:
         parser.error(f"{' '.join(rest)} means nothing here")
     try:
         options.words = getattr(options, "words", []) + [options.word(word) for word in rest]
-        for name, kind in (("seeds", _natural), ("fractions", _share)):
+        for name, kind in _lists().items():
             if given := getattr(options, name, None):
-                setattr(options, name, _numbers(given, kind, options.words))
+                setattr(options, name, _numbers(given, kind, options))
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))
     return options
 
 
-def _numbers(given: list[str], kind: Callable[[str], Any], words: list[Any]) -> list[Any]:
-    """The numbers of a list that has also taken the `key=value` after it, which go to `words`."""
-    numbers = [kind(word) for word in given if "=" not in word]
+def _lists() -> dict[str, Callable[[str], Any]]:
+    """Options that take several numbers, and what reads one."""
+    return {"seeds": _natural, "fractions": _share, "image_sizes": _sides, "crops": _share}
+
+
+def _numbers(given: list[str], kind: Callable[[str], Any], options: argparse.Namespace) -> list[Any]:
+    """The numbers of a list that has also taken the words after it, which join the others."""
+    words = [word for word in given if "=" in word or (Path(word).expanduser() / "config.yaml").is_file()]
+    numbers = [kind(word) for word in given if word not in words]
     if not numbers:
         raise argparse.ArgumentTypeError(f"no number stands before {given[0]}")
-    words += [word for word in given if "=" in word]
+    options.words += [options.word(word) for word in words]
     return numbers
 
 
@@ -61,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_tokenize,
         _add_predict,
         _add_evaluate,
+        _add_attention,
         _add_reconstruct,
         _add_features,
         _add_models,
@@ -174,16 +181,71 @@ def _add_evaluate(commands: Any) -> None:
     command = _add(
         commands,
         "evaluate",
-        "score a fine-tuned checkpoint on its test images, or on others",
-        more="Prints top-1, top-5, balanced accuracy, macro F1, and precision, recall and F1 of each class.",
-        example="mpm evaluate runs/flowers data.test.kind=folder data.test.root=photos/test -o confusion.png",
+        "score fine-tuned checkpoints on their test images, or on others",
+        more="Of one: top-1, top-5, balanced accuracy, macro F1, calibration error, images per second, and\n"
+        "precision, recall and F1 of each class. Of several, or at several sizes or crops: a table.\n"
+        "Folders named 0, 1, 2, ... are classes by number, as in ImageNet-V2.",
+        example="mpm evaluate runs/flowers data.test.kind=folder data.test.root=photos -o confusion.png",
     )
-    _add_checkpoint(command, "of fine-tuning")
-    _add_overrides(command, f"other test images: replaces values of {', '.join(FREE_TO_CHANGE)}")
+    command.set_defaults(word=_checkpoint_or_override)
+    command.add_argument(
+        "words",
+        nargs="+",
+        type=_checkpoint_or_override,
+        metavar="CHECKPOINT or key=value",
+        help="of fine-tuning: a run's folder (its best, else its newest), a step_* in it, or a folder of mpm "
+        f"import; other test images: replaces values of {', '.join(FREE_TO_CHANGE)}",
+    )
+    command.add_argument(
+        "--image-sizes",
+        nargs="+",
+        metavar="S or HxW",
+        help="pixels; positions are resampled (default: those of training)",
+    )
+    command.add_argument(
+        "--crops",
+        nargs="+",
+        metavar="SHARE",
+        help="side of the centre crop over the resized image's (default: data.test_crop)",
+    )
+    command.add_argument(
+        "--real",
+        type=_existing,
+        metavar="FILE",
+        help="ReaL labels of ImageNet's validation images, real.json",
+    )
     command.add_argument(
         "-o", "--output", type=_output, metavar="FILE", help="picture of the confusion matrix, PNG"
     )
-    command.add_argument("--json", action="store_true", help="print JSON, with the confusion matrix")
+    command.add_argument(
+        "--mistakes", type=_output, metavar="FILE", help="picture of the surest mistakes, PNG"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON, with the confusion matrix of one")
+
+
+def _add_attention(commands: Any) -> None:
+    command = _add(
+        commands,
+        "attention",
+        "draw where a network looks",
+        more="A row for each image: the image, the mean over the heads, each head. Shown is what\n"
+        "the vector of the image is read with: the class token's attention in the last block, the class\n"
+        "attention of CaiT (a row for each of its blocks), or the mean over the patches in the last block.",
+        example="mpm attention runs/flowers photos/*.jpg -o attention.png",
+    )
+    _add_checkpoint(command, "of pretraining or fine-tuning")
+    _add_images(command)
+    command.add_argument("-o", "--output", type=_output, required=True, metavar="FILE", help="picture, PNG")
+    command.add_argument(
+        "--query", choices=("class_token", "patches"), help="what asks in the last block, where not the above"
+    )
+    command.add_argument(
+        "--image-size", type=_sides, metavar="S or HxW", help="pixels (default: those of training)"
+    )
+    command.add_argument(
+        "--images", type=_natural, default=8, metavar="N", help="show at most so many (default 8)"
+    )
+    _add_device(command)
 
 
 def _add_reconstruct(commands: Any) -> None:
@@ -350,7 +412,7 @@ def _share(text: str) -> float:
     except ValueError:
         share = 0.0
     if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share of the labels, above 0 and up to 1")
+        raise argparse.ArgumentTypeError(f"{text} is no share; use a number above 0, at most 1, as 0.875")
     return share
 
 
@@ -386,6 +448,10 @@ def _checkpoint(text: str) -> Path:
             f"no checkpoint in {text}; give a run's folder or a checkpoints/step_* in it"
         )
     return path
+
+
+def _checkpoint_or_override(text: str) -> Path | str:
+    return text if "=" in text and not Path(text).exists() else _checkpoint(text)
 
 
 def _output(text: str) -> Path:

@@ -1,4 +1,4 @@
-"""How good is a network: accuracy of classifiers, probes and collapse signals of features.
+"""How good is a network: accuracy and calibration of classifiers, probes and collapse signals of features.
 
-Nothing here knows how a network is built: iterables of batches and a callable go in, numbers come out.
+Nothing here knows how a network is built: batches and a callable go in, numbers and pictures come out.
 """

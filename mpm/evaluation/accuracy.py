@@ -9,7 +9,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from mpm import distributed
+from mpm.evaluation.calibration import expected_calibration_error
+from mpm.evaluation.predictions import Predictions, predict_all
+
+SCORES = ("top1", "top5", "balanced", "macro_f1", "calibration_error", "count")
+"""What is written of an `Accuracy`: its single numbers."""
 
 _NAMED_CLASSES = 30  # with more, names and counts no longer fit
 _CELL_PX, _FONT_PX, _GAP_PX, _CORNER_PX, _HEAT_MAP_PX = 40, 13, 8, 130, 800
@@ -26,6 +30,7 @@ class Accuracy:
         top5: share of samples whose true class is among the five highest scores (among all where L < 5).
         balanced: mean recall of the classes that occur among the labels.
         macro_f1: mean F1 of the classes that occur among the labels or the predictions.
+        calibration_error: expected calibration error of the probabilities, see `expected_calibration_error`.
         count: number of samples.
         confusion: int64 [L,L], samples by true class (row) and predicted class (column).
         precision: float64 [L], 0 for a class that was never predicted.
@@ -37,6 +42,7 @@ class Accuracy:
     top5: float
     balanced: float
     macro_f1: float
+    calibration_error: float
     count: int
     confusion: Tensor
     precision: Tensor
@@ -55,55 +61,33 @@ class Accuracy:
         return "\n".join(lines)
 
 
-@torch.no_grad()
 def evaluate(
-    predict: Callable[[Tensor], Tensor],
+    logits_of: Callable[[Tensor], Tensor],
     batches: Iterable[Sequence[Any]],
     *,
     num_classes: int,
     device: torch.device | str = "cpu",
 ) -> Accuracy:
-    """Accuracy of `predict` over the batches of all processes; each gets the same answer.
-
-    Args:
-        predict: images on `device` -> scores [B,L]. Train or eval mode is the caller's business.
-        batches: this process's share, each batch starting with (images, labels int64 [B]). Shares may be
-            uneven or empty: counts are summed, so no sample counts twice.
-        num_classes: L.
-        device: where `predict` works; the counts stay there until the end.
+    """Accuracy over the batches of all processes; each gets the same answer. Arguments: see `predict_all`.
 
     Raises:
         ValueError: a label outside [0, L), or no sample at all.
     """
-    confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
-    top5_hits = torch.zeros((), dtype=torch.int64, device=device)
-    for images, labels, *_ in batches:
-        if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-            seen = f"{int(labels.min())} to {int(labels.max())}"
-            raise ValueError(
-                f"labels {seen} do not fit {num_classes} classes; count the classes of the data anew"
-            )
-        labels = labels.to(device, non_blocking=True)
-        best = predict(images.to(device, non_blocking=True)).topk(min(5, num_classes)).indices  # [B,<=5]
-        confusion.index_add_(0, labels * num_classes + best[:, 0], torch.ones_like(labels))
-        top5_hits += (best == labels[:, None]).sum()
-    confusion, top5_hits = distributed.sum_over_ranks(confusion), distributed.sum_over_ranks(top5_hits)
-    return summarize(confusion.view(num_classes, num_classes).cpu(), int(top5_hits))
+    predictions = predict_all(logits_of, batches, num_classes=num_classes, device=device)
+    return summarize(predictions, num_classes=num_classes)
 
 
-def summarize(confusion: Tensor, top5_hits: int) -> Accuracy:
-    """Scores of a confusion matrix.
-
-    Args:
-        confusion: int64 [L,L], rows are true classes.
-        top5_hits: samples whose true class is among the five highest scores.
+def summarize(predictions: Predictions, *, num_classes: int) -> Accuracy:
+    """Scores of predictions.
 
     Raises:
-        ValueError: if the matrix is empty.
+        ValueError: if there are none.
     """
-    count = int(confusion.sum())
+    count = len(predictions.labels)
     if count == 0:
         raise ValueError("nothing to evaluate: the data has no images; look at its folder or split")
+    cell = predictions.labels * num_classes + predictions.best[:, 0]
+    confusion = cell.bincount(minlength=num_classes**2).view(num_classes, num_classes)
     right = confusion.diagonal().double()
     labelled, predicted = confusion.sum(1), confusion.sum(0)
     # right is 0 wherever the divisor is: the clamp turns 0/0 into 0
@@ -111,9 +95,10 @@ def summarize(confusion: Tensor, top5_hits: int) -> Accuracy:
     f1 = 2 * right / (labelled + predicted).clamp(min=1)
     return Accuracy(
         top1=float(right.sum()) / count,
-        top5=top5_hits / count,
+        top5=int((predictions.best == predictions.labels[:, None]).sum()) / count,
         balanced=float(recall[labelled > 0].mean()),
         macro_f1=float(f1[labelled + predicted > 0].mean()),
+        calibration_error=expected_calibration_error(predictions.confidence, predictions.is_right),
         count=count,
         confusion=confusion,
         precision=precision,

@@ -11,11 +11,13 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from mpm import distributed
 from mpm.evaluation.accuracy import evaluate
 from mpm.evaluation.features import extract
+from mpm.evaluation.predictions import predict_all
 
 
 def _share(count: int, rank: int, world: int) -> DataLoader:
     generator = torch.Generator().manual_seed(0)
-    data = TensorDataset(torch.randn(count, 7, generator=generator), torch.arange(count) % 7)
+    numbers = torch.arange(count)
+    data = TensorDataset(torch.randn(count, 7, generator=generator), numbers % 7, numbers)
     return DataLoader(Subset(data, range(rank, count, world)), batch_size=3)
 
 
@@ -23,7 +25,7 @@ def main(count: int) -> None:
     distributed.start("cpu")
     share = _share(count, distributed.rank(), distributed.world_size())
     whole = _share(count, 0, 1)
-    scores, labels = (torch.cat(parts) for parts in zip(*whole, strict=True))
+    scores, labels, places = (torch.cat(parts) for parts in zip(*whole, strict=True))
 
     accuracy = evaluate(lambda x: x, share, num_classes=7)
     expected = torch.zeros(7, 7, dtype=torch.int64)
@@ -32,6 +34,11 @@ def main(count: int) -> None:
     assert accuracy.count == count
     assert torch.equal(accuracy.confusion, expected)
     assert accuracy.top5 == sum(y in s.topk(5).indices for s, y in zip(scores, labels, strict=True)) / count
+
+    predictions = predict_all(lambda x: x, share, num_classes=7)
+    assert torch.equal(predictions.place, places)
+    assert torch.equal(predictions.best, scores.topk(5).indices)
+    assert torch.equal(predictions.confidence, scores.softmax(1).amax(1))
 
     found = extract(lambda x: x, share)
     assert torch.equal(found.features, scores)
