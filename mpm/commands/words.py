@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_evaluate,
         _add_reconstruct,
         _add_features,
+        _add_probe,
         _add_models,
         _add_import,
         _add_export,
@@ -185,6 +186,41 @@ def _add_features(commands: Any) -> None:
     )
     _add_device(command)
     _add_workers(command)
+
+
+def _add_probe(commands: Any) -> None:
+    command = _add(
+        commands,
+        "probe",
+        "score frozen features layer by layer: k-NN, linear and attentive probes",
+        more="Settings and the best layer are chosen on held-out training features, never on test images.\n"
+        "Images are the checkpoint's own where none are given.",
+        example="mpm probe runs/vitb_mae --train photos --test photos --attentive",
+    )
+    _add_checkpoint(command, "of pretraining or fine-tuning")
+    for part in ("train", "test"):
+        text = "labelled images: a folder with one folder a class, or a configuration, whose own are taken"
+        command.add_argument(f"--{part}", type=_existing, metavar="FOLDER_OR_CONFIG", help=text)
+    _add_overrides(command, "replaces a value, as data.test_crop=0.875, k=10 or run.workers=4")
+    command.add_argument("--attentive", action="store_true", help="also a query that attends to the patches")
+    command.add_argument(
+        "--memory", type=float, default=4.0, metavar="GIB", help="for its patch tokens (default 4)"
+    )
+    command.add_argument(
+        "--labels",
+        type=_natural,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="with so many labels instead of all",
+    )
+    command.add_argument(
+        "--fractions", type=float, nargs="+", default=[], metavar="F", help="with such shares of the labels"
+    )
+    command.add_argument(
+        "--seeds", type=_natural, nargs="+", default=[0], metavar="S", help="of the draws (default 0)"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_models(commands: Any) -> None:

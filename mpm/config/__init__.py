@@ -48,6 +48,7 @@ from mpm.config.objective import (
     Target,
 )
 from mpm.config.pretraining import PretrainConfig, TokenizerConfig
+from mpm.config.probing import ProbeConfig, ProbeData
 from mpm.config.section import Section
 from mpm.config.tokenizer import (
     TOKENIZER_KINDS,
@@ -129,6 +130,8 @@ __all__ = [
     "PretrainData",
     "PretrainOptim",
     "PretrainView",
+    "ProbeConfig",
+    "ProbeData",
     "RandomMask",
     "Readout",
     "Run",
