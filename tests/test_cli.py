@@ -28,6 +28,7 @@ COMMANDS = [
     "evaluate",
     "reconstruct",
     "features",
+    "probe",
     "models",
     "import",
     "export",

@@ -110,7 +110,7 @@ def report(
                 ],
             }
         )
-    head = f"{sizes[0]:,} training images at most, {sizes[1]:,} test images, {sizes[2]} classes; top-1 in %"
+    head = f"{sizes[0]:,} training and {sizes[1]:,} test images, {sizes[2]} classes; top-1 in %"
     return "\n\n".join([head, *(_table(size, own) for size, own in by_size.items())])
 
 

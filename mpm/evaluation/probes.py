@@ -22,7 +22,7 @@ _USUAL_PENALTY = 1.0  # where no label can be held out; scikit-learn's
 _PATIENCE = 2  # weaker penalties without a better score, then the rest is not tried: they take longest
 _TOLERANCE = 1e-6  # accuracies no longer change; the exact minimum takes twice the time
 _FOLDS = 5
-_FEW = 1000  # labels below which a fifth is too few to choose by
+_FEW = 1000  # labels of which a fifth is too few to choose by
 
 
 class Score(NamedTuple):
@@ -40,7 +40,7 @@ class Score(NamedTuple):
 
 
 def held_out_folds(labels: Tensor, *, seed: int) -> list[Tensor]:
-    """Which samples are held out: a fifth of each class; of fewer than 1,000, each fifth in turn.
+    """Which samples are held out: a fifth of each class; of 1,000 at most, each fifth in turn.
 
     A class with one sample keeps it; where no class has two, nothing can be held out.
 
@@ -58,7 +58,7 @@ def held_out_folds(labels: Tensor, *, seed: int) -> list[Tensor]:
         if len(own) > 1:
             fold[own] = (dealt + np.arange(len(own))) % _FOLDS
             dealt += len(own)
-    folds = [torch.from_numpy(fold == number) for number in range(_FOLDS if len(labels) < _FEW else 1)]
+    folds = [torch.from_numpy(fold == number) for number in range(_FOLDS if len(labels) <= _FEW else 1)]
     return [held_out for held_out in folds if held_out.any()]
 
 

@@ -11,11 +11,13 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from mpm import distributed
 from mpm.evaluation.accuracy import evaluate
 from mpm.evaluation.features import extract
+from mpm.evaluation.layer_features import extract_layers
 
 
 def _share(count: int, rank: int, world: int) -> DataLoader:
     generator = torch.Generator().manual_seed(0)
-    data = TensorDataset(torch.randn(count, 7, generator=generator), torch.arange(count) % 7)
+    places = torch.arange(count)
+    data = TensorDataset(torch.randn(count, 7, generator=generator), places % 7, places)
     return DataLoader(Subset(data, range(rank, count, world)), batch_size=3)
 
 
@@ -23,7 +25,7 @@ def main(count: int) -> None:
     distributed.start("cpu")
     share = _share(count, distributed.rank(), distributed.world_size())
     whole = _share(count, 0, 1)
-    scores, labels = (torch.cat(parts) for parts in zip(*whole, strict=True))
+    scores, labels, places = (torch.cat(parts) for parts in zip(*whole, strict=True))
 
     accuracy = evaluate(lambda x: x, share, num_classes=7)
     expected = torch.zeros(7, 7, dtype=torch.int64)
@@ -36,6 +38,12 @@ def main(count: int) -> None:
     found = extract(lambda x: x, share)
     assert torch.equal(found.features, scores)
     assert torch.equal(found.labels, labels)
+    several = extract_layers(
+        lambda x: x.unflatten(1, (7, 1)), share, count=-(-count // distributed.world_size())
+    )
+    assert torch.equal(several.features[..., 0], scores.half())
+    assert torch.equal(several.labels, labels)
+    assert torch.equal(several.places, places)
     for limit in range(1, count):
         assert torch.equal(extract(lambda x: x, share, limit=limit).features, scores[:limit])
     distributed.stop()
