@@ -1,6 +1,8 @@
 """`mpm probe`: what it reads from the blocks, which images it takes, and what it reports."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ from mpm.evaluation.probes import Score
 from mpm.network import Network
 from mpm.patchify.pixels import Normalize
 from mpm.variants import Architecture
-from tests.command_line import CONFIGS, CommandLine
+from tests.command_line import CONFIGS, ROOT, CommandLine
 
 TINY = Architecture((4, 4), dim=16, depth=3, heads=2)
 
@@ -147,6 +149,24 @@ def test_workers_and_memory_change_nothing(commands: CommandLine, pretrained: Pa
             assert kept == again
         assert kept["test"] == pytest.approx(again["test"], abs=0.02)  # batches round otherwise
         assert (kept["held_out"] is None) == (kept["labels"] == "4 labels")
+
+
+@pytest.mark.torchrun
+def test_two_processes_score_as_one(commands: CommandLine, pretrained: Path) -> None:
+    words = _words(pretrained, "data.test.count=31", "--labels", 40)
+    alone = commands(*words)
+    assert alone.status == 0, alone.err
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    settings = {"capture_output": True, "text": True, "timeout": 300, "cwd": ROOT}
+    pair = subprocess.run([*launcher, *map(str, words)], **settings, check=True)
+    (told,) = (json.loads(line) for line in pair.stdout.splitlines() if line.startswith("{"))
+    expected = json.loads(alone.out)
+    assert [score["layer"] for score in told["scores"]] == [score["layer"] for score in expected["scores"]]
+    for ours, theirs in zip(told["scores"], expected["scores"], strict=True):
+        assert ours["test"] == pytest.approx(theirs["test"], abs=1.5 / 31)  # other batches, other rounding
+    refused = subprocess.run([*launcher, *map(str, words), "--attentive"], **settings)
+    assert refused.returncode
+    assert refused.stderr.count("start it without torchrun") == 1
 
 
 def test_images_come_from_folders_configurations_and_words(finetuned: Path, tmp_path: Path) -> None:

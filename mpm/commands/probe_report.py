@@ -129,7 +129,8 @@ def _table(size: str, scored: Sequence[Scored]) -> str:
             own = [one.score for one in scored if (one.row, one.probe) == (row, probe)]
             held_out = [score.held_out for score in own if score.held_out is not None]
             mark = "*" if {row} == set(best[probe].rows) else " "
-            line += [_percent(held_out), _percent([score.test for score in own]) + mark if own else ""]
+            tests = [score.test for score in own]
+            line += [_percent(held_out), _percent(tests) + mark] if own else ["", ""]
         lines.append(line)
     width = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     table = [

@@ -17,10 +17,10 @@ from mpm.evaluation.probes import Score
 
 __all__ = ["RATES", "AttentiveProbe", "TokenSource", "attentive_scores"]
 
-RATES = (1e-3, 3e-3, 1e-2)
-_USUAL_RATE = 3e-3  # where no label can be held out
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+_USUAL_RATE = 1e-2  # where no label can be held out
 _BATCH = 256
-_EPOCHS, _LEAST_STEPS = 10, 200
+_EPOCHS, _LEAST_STEPS = 10, 300
 _WARMUP = 0.1  # share of the steps
 _WEIGHT_DECAY = 1e-2
 
@@ -126,7 +126,7 @@ def attentive_scores(
 ) -> list[Score]:
     """A score for each layer; the rate is one of `RATES`, of equal ones the lowest.
 
-    AdamW, batches of 256, 10 epochs and at least 200 steps, rates that warm up and fall as a cosine.
+    AdamW, batches of 256, 10 epochs and at least 300 steps, rates that warm up and fall as a cosine.
 
     Args:
         train: tokens to learn from.
