@@ -255,6 +255,25 @@ def _features(options: argparse.Namespace) -> None:
     )
 
 
+def _probe(options: argparse.Namespace) -> None:
+    from mpm.commands.probe_sources import probe_config
+
+    config = probe_config(options.checkpoint, train=options.train, test=options.test, words=options.words)
+    from mpm.commands.probe_report import draws_of
+    from mpm.commands.probing import probe
+
+    told = probe(
+        options.checkpoint,
+        config,
+        draws=draws_of(options.labels, options.fractions, options.seeds),
+        attentive=options.attentive,
+        memory_gib=options.memory,
+        as_json=options.json,
+    )
+    if told:
+        print(told)
+
+
 def _config(options: argparse.Namespace) -> None:
     model = configfile.model_of(options.config)
     print(configfile.explain(*configfile.load(options.config, options.words, model)))
@@ -320,6 +339,7 @@ _COMMANDS = {
     "attention": _attention,
     "reconstruct": _reconstruct,
     "features": _features,
+    "probe": _probe,
     "models": _models,
     "import": _import,
     "export": _export,

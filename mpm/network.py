@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mpm import build, checkpoint, configfile, partial
 from mpm.backbones.adapt import adapt_state
 from mpm.backbones.attention_maps import AttentionMaps, Query, attention_maps
-from mpm.backbones.backbone import Backbone
+from mpm.backbones.backbone import Backbone, Encoded
 from mpm.backbones.classifier import Classifier
 from mpm.config import Backbone as BackboneConfig
 from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig, Readout
@@ -21,6 +21,7 @@ from mpm.imported import fetch, imported_config
 from mpm.partial import better_weights, is_checkpoint
 from mpm.patchify.patches import grid_of
 from mpm.patchify.pixels import Normalize, to_unit
+from mpm.variants import Architecture
 
 __all__ = ["Network", "Trunk", "config_of", "is_checkpoint", "load", "part_of", "read_trunk"]
 
@@ -170,12 +171,14 @@ class Network(nn.Module):
         view: resizes and crops an image [C,H,W] to what the network gets.
         reading: how files become images: arguments of `read_image` and `FolderImages`.
         step: finished steps of the checkpoint.
+        architecture: of the backbone.
     """
 
     def __init__(
         self,
         backbone: Backbone,
         *,
+        architecture: Architecture,
         norm: nn.Module,
         normalize: Normalize,
         view: EvalView,
@@ -186,6 +189,7 @@ class Network(nn.Module):
     ):
         super().__init__()
         self.backbone = backbone
+        self.architecture = architecture
         self.norm = norm
         self.normalize = normalize
         self.view = view
@@ -206,10 +210,23 @@ class Network(nn.Module):
 
         Returns: float32 [B,D].
         """
-        encoded = self.backbone(self._input(images))
+        return self.features_of(self.encode(images))
+
+    def features_of(self, encoded: Encoded) -> Tensor:
+        """Likewise [B,D], of what `encode` gave."""
         if self.classifier is not None:
             return self.classifier.readout(encoded)[:, 0]
         return self.norm(encoded.patches).mean(1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, *, layers: Sequence[int] = ()) -> Encoded:
+        """The residual stream after the last block, and after the blocks with the indices `layers`.
+
+        Args:
+            images: [B,C,H,W] of the network's size, uint8 or float32 in [0,1].
+            layers: see `Backbone.encode`.
+        """
+        return self.backbone.encode(self.backbone.embed(self._input(images)), layers=layers)
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
@@ -300,6 +317,7 @@ def load(
     crop = 1.0 if isinstance(config, PretrainConfig) else config.data.test_crop
     network = Network(
         backbone,
+        architecture=trunk.backbone.resolved(),
         norm=norm,
         normalize=Normalize(trunk.mean, trunk.std),
         view=EvalView(image_size, crop=crop, interpolation=config.data.interpolation),

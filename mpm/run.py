@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mpm import checkpoint, configfile, distributed, partial
 from mpm.backbones.blocks import Block, ClassAttentionBlock, ParallelBlock
-from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig, TokenizerConfig
+from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig, ProbeConfig, TokenizerConfig
 from mpm.launch import give_way
 from mpm.training.allocator import keep_freed_memory
 from mpm.training.reporting import Reporter
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def started(
-    config: PretrainConfig | TokenizerConfig | FinetuneConfig | ImportedConfig,
+    config: PretrainConfig | TokenizerConfig | FinetuneConfig | ImportedConfig | ProbeConfig,
 ) -> Iterator[torch.device]:
     """Processes, threads and allocator of a run; leaves the process group at the end.
 

@@ -99,6 +99,7 @@ def _serve() -> None:
     import mpm.commands.evaluation
     import mpm.commands.features
     import mpm.commands.prediction
+    import mpm.commands.probing
     import mpm.commands.reconstruction
     import mpm.commands.rehearsal
     import mpm.commands.survey

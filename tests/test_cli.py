@@ -34,6 +34,7 @@ COMMANDS = [
     "attention",
     "reconstruct",
     "features",
+    "probe",
     "models",
     "import",
     "export",

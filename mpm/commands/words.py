@@ -33,7 +33,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     try:
         options.words = getattr(options, "words", []) + [options.word(word) for word in rest]
         for name, kind in _lists().items():
-            if given := getattr(options, name, None):
+            if isinstance(given := getattr(options, name, None), list) and given:
                 setattr(options, name, _numbers(given, kind, options))
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))
@@ -42,7 +42,13 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def _lists() -> dict[str, Callable[[str], Any]]:
     """Options that take several numbers, and what reads one."""
-    return {"seeds": _natural, "fractions": _share, "image_sizes": _sides, "crops": _share}
+    return {
+        "seeds": _natural,
+        "fractions": _share,
+        "labels": _natural,
+        "image_sizes": _sides,
+        "crops": _share,
+    }
 
 
 def _numbers(given: list[str], kind: Callable[[str], Any], options: argparse.Namespace) -> list[Any]:
@@ -70,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_attention,
         _add_reconstruct,
         _add_features,
+        _add_probe,
         _add_models,
         _add_import,
         _add_export,
@@ -281,6 +288,34 @@ def _add_features(commands: Any) -> None:
     )
     _add_device(command)
     _add_workers(command)
+
+
+def _add_probe(commands: Any) -> None:
+    command = _add(
+        commands,
+        "probe",
+        "score frozen features layer by layer: k-NN, linear and attentive probes",
+        more="Settings and the best layer are chosen on held-out training features, never on test images.\n"
+        "Images are the checkpoint's own where none are given.",
+        example="mpm probe runs/vitb_mae --train photos --test photos --attentive",
+    )
+    _add_checkpoint(command, "of pretraining or fine-tuning")
+    for part in ("train", "test"):
+        text = "labelled images: a folder with one folder a class, or a configuration, whose own are taken"
+        command.add_argument(f"--{part}", type=_existing, metavar="FOLDER_OR_CONFIG", help=text)
+    _add_overrides(command, "replaces a value, as data.test_crop=0.875, k=10 or run.workers=4")
+    command.add_argument("--attentive", action="store_true", help="also a query that attends to the patches")
+    command.add_argument(
+        "--memory", type=float, default=4.0, metavar="GIB", help="for its patch tokens (default 4)"
+    )
+    command.add_argument(
+        "--labels", nargs="+", default=[], metavar="N", help="with so many labels instead of all"
+    )
+    command.add_argument(
+        "--fractions", nargs="+", default=[], metavar="F", help="with such shares of the labels"
+    )
+    command.add_argument("--seeds", nargs="+", default=["0"], metavar="S", help="of the draws (default 0)")
+    command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_models(commands: Any) -> None:

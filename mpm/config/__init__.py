@@ -57,6 +57,7 @@ from mpm.config.optimizers import (
     SGDOptim,
 )
 from mpm.config.pretraining import PretrainConfig, TokenizerConfig
+from mpm.config.probing import ProbeConfig, ProbeData
 from mpm.config.section import Section
 from mpm.config.tokenizer import (
     TOKENIZER_KINDS,
@@ -144,6 +145,8 @@ __all__ = [
     "PretrainData",
     "PretrainOptim",
     "PretrainView",
+    "ProbeConfig",
+    "ProbeData",
     "RandomMask",
     "Readout",
     "Run",

@@ -40,6 +40,16 @@ def test_stopping_early_is_said(data, caplog) -> None:
     assert "stopped early after 2 iterations" in caplog.text
 
 
+def test_a_start_changes_no_minimum(data) -> None:
+    features, labels = data
+    cold = fit_logistic_regression(features, labels, num_classes=3, l2=0.1)
+    strong = fit_logistic_regression(features, labels, num_classes=3, l2=10.0)
+    warm = fit_logistic_regression(features, labels, num_classes=3, l2=0.1, start=strong)
+    torch.testing.assert_close(warm.predict(features), cold.predict(features), atol=2e-3, rtol=0)
+    begun = fit_logistic_regression(features, labels, num_classes=3, l2=10.0, start=strong, max_iter=1)
+    torch.testing.assert_close(begun.weight, strong.weight, atol=1e-4, rtol=0)
+
+
 def test_l2_must_be_positive(data) -> None:
     with pytest.raises(ValueError, match="l2 0"):
         fit_logistic_regression(*data, num_classes=3, l2=0)

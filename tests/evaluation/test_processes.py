@@ -11,13 +11,14 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from mpm import distributed
 from mpm.evaluation.accuracy import evaluate
 from mpm.evaluation.features import extract
+from mpm.evaluation.layer_features import extract_layers
 from mpm.evaluation.predictions import predict_all
 
 
 def _share(count: int, rank: int, world: int) -> DataLoader:
     generator = torch.Generator().manual_seed(0)
-    numbers = torch.arange(count)
-    data = TensorDataset(torch.randn(count, 7, generator=generator), numbers % 7, numbers)
+    places = torch.arange(count)
+    data = TensorDataset(torch.randn(count, 7, generator=generator), places % 7, places)
     return DataLoader(Subset(data, range(rank, count, world)), batch_size=3)
 
 
@@ -43,6 +44,12 @@ def main(count: int) -> None:
     found = extract(lambda x: x, share)
     assert torch.equal(found.features, scores)
     assert torch.equal(found.labels, labels)
+    several = extract_layers(
+        lambda x: x.unflatten(1, (7, 1)), share, count=-(-count // distributed.world_size())
+    )
+    assert torch.equal(several.features[..., 0], scores.half())
+    assert torch.equal(several.labels, labels)
+    assert torch.equal(several.places, places)
     for limit in range(1, count):
         assert torch.equal(extract(lambda x: x, share, limit=limit).features, scores[:limit])
     distributed.stop()
