@@ -138,6 +138,13 @@ def _tokenize(options: argparse.Namespace) -> None:
     print(tokenize(config))
 
 
+def _teach(options: argparse.Namespace) -> None:
+    config = configfile.load(options.config, options.words, FinetuneConfig).config
+    from mpm.commands.teaching import teach
+
+    print(teach(config))
+
+
 def _predict(options: argparse.Namespace) -> None:
     _need_classes(options.checkpoint)
     from mpm.commands.prediction import predict
@@ -286,6 +293,7 @@ _COMMANDS = {
     "pretrain": _pretrain,
     "finetune": _finetune,
     "tokenize": _tokenize,
+    "teach": _teach,
     "predict": _predict,
     "evaluate": _evaluate,
     "reconstruct": _reconstruct,

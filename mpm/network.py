@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from mpm import build, checkpoint, configfile
 from mpm.backbones.adapt import adapt_state
 from mpm.backbones.backbone import Backbone
 from mpm.backbones.classifier import Classifier
+from mpm.backbones.timm_classifier import TimmClassifier
 from mpm.config import Backbone as BackboneConfig
 from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig, Readout
 from mpm.data.images import read_image
@@ -20,7 +21,7 @@ from mpm.imported import TIMM, fetch, imported_config
 from mpm.patchify.patches import grid_of
 from mpm.patchify.pixels import Normalize, to_unit
 
-__all__ = ["Network", "Trunk", "config_of", "is_checkpoint", "load", "part_of", "read_trunk"]
+__all__ = ["Network", "Trunk", "config_of", "holds_timm", "is_checkpoint", "load", "part_of", "read_trunk"]
 
 
 NetworkConfig = PretrainConfig | FinetuneConfig | ImportedConfig
@@ -37,6 +38,7 @@ class Trunk(NamedTuple):
         channels: of the images.
         mean: per channel, in [0,1].
         std: per channel, in [0,1].
+        interpolation: of an image to its size.
         readout: what a classifier reads; None: it is pretrained.
         classes: their names; none where they are not known, as in published files.
         num_classes: of the classifier; 0: it is pretrained.
@@ -50,6 +52,7 @@ class Trunk(NamedTuple):
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    interpolation: str
     readout: Readout | None
     classes: tuple[str, ...]
     num_classes: int
@@ -65,6 +68,29 @@ class Trunk(NamedTuple):
         """State of the norm that reads tokens; empty where a mean or class attention is normed."""
         reads_tokens = self.readout is not None and self.readout.kind == "token"
         return part_of(self.state["readout" if reads_tokens else "predictor"], "norm")
+
+    def backbone_at(self, image_size: tuple[int, int]) -> Backbone:
+        """The backbone with its weights, for images of a size."""
+        built = build.backbone(self.backbone, image_size=image_size, channels=self.channels)
+        built.load_state_dict(self.weights_for(built, channels=self.channels))
+        return built
+
+    def classifier_at(self, image_size: tuple[int, int]) -> Classifier:
+        """The classifier with its weights, for images of a size.
+
+        Raises:
+            ValueError: if it knows no classes.
+        """
+        if self.readout is None or not self.num_classes:
+            raise ValueError(f"{self.path} is of pretraining and has no classes; fine-tune it first")
+        built = Classifier(
+            self.backbone_at(image_size),
+            build.readout(self.readout, self.backbone),
+            num_classes=self.num_classes,
+        )
+        for part in ("readout", "heads"):
+            built.get_submodule(part).load_state_dict(self.state[part])
+        return built
 
     def weights_for(self, backbone: Backbone, *, channels: int) -> dict[str, Tensor]:
         """The backbone's weights, adapted to another grid, other channels, and a relative bias per block."""
@@ -104,6 +130,19 @@ def is_checkpoint(source: str | Path) -> bool:
     return not path.is_file() and not (path / "config.json").exists()
 
 
+def holds_timm(source: str | Path) -> bool:
+    """Whether it is a run of fine-tuning that trained a model of timm.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if it is broken, or not understood.
+    """
+    if not is_checkpoint(source):
+        return False
+    config = config_of(checkpoint.load(Path(source).expanduser()))
+    return isinstance(config, FinetuneConfig) and config.network is not None
+
+
 def _trunk(
     config: NetworkConfig,
     state: dict[str, Tensor],
@@ -113,6 +152,11 @@ def _trunk(
     classes: tuple[str, ...] = (),
 ) -> Trunk:
     data = config.data
+    if isinstance(config, FinetuneConfig) and config.network is not None:
+        raise ValueError(
+            f"{path} is timm's {config.network.model}, whose weights have no place in a backbone of mpm; "
+            "it can be evaluated, and teach: distillation.teacher={kind: checkpoint, checkpoint: ...}"
+        )
     assert config.backbone is not None and data.image_size is not None and data.channels is not None
     assert data.mean is not None and data.std is not None
     mean, std = build.statistics(data.mean, data.std)
@@ -125,6 +169,7 @@ def _trunk(
         channels=data.channels,
         mean=mean,
         std=std,
+        interpolation=data.interpolation,
         readout=None if isinstance(config, PretrainConfig) else config.readout,
         classes=classes,
         num_classes=known or 0,
@@ -185,7 +230,7 @@ class Network(nn.Module):
         view: EvalView,
         reading: dict[str, Any],
         step: int,
-        classifier: Classifier | None = None,
+        classifier: Classifier | TimmClassifier | None = None,
         classes: tuple[str, ...] = (),
     ):
         super().__init__()
@@ -210,10 +255,9 @@ class Network(nn.Module):
 
         Returns: float32 [B,D].
         """
-        encoded = self.backbone(self._input(images))
         if self.classifier is not None:
-            return self.classifier.readout(encoded)[:, 0]
-        return self.norm(encoded.patches).mean(1)
+            return self.classifier.vectors(self._input(images))[:, 0]
+        return self.norm(self.backbone(self._input(images)).patches).mean(1)
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
@@ -261,6 +305,8 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Network:
     saved = checkpoint.load(path)
     config = config_of(saved)
     weights = _weights(saved)
+    if isinstance(config, FinetuneConfig) and config.network is not None:
+        return _timm_network(saved, config).to(device)
     trunk = _trunk(
         config,
         weights,
@@ -268,15 +314,12 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Network:
         step=saved.step,
         classes=tuple(saved.metadata.get("classes", ())),
     )
-    classifier = None
-    backbone = build.backbone(trunk.backbone, image_size=trunk.image_size, channels=trunk.channels)
+    classifier: Classifier | None = None
     if trunk.readout is not None and trunk.num_classes:
-        readout = build.readout(trunk.readout, trunk.backbone)
-        classifier = Classifier(backbone, readout, num_classes=trunk.num_classes)
-        classifier.load_state_dict(part_of(weights, "classifier") or weights)
-        norm = readout.norm
+        classifier = trunk.classifier_at(trunk.image_size)
+        backbone, norm = classifier.backbone, classifier.readout.norm
     else:
-        backbone.load_state_dict(trunk.state["backbone"])
+        backbone = trunk.backbone_at(trunk.image_size)
         norm = nn.LayerNorm(backbone.dim, eps=1e-6)
         norm.load_state_dict(trunk.norm)
     crop = 1.0 if isinstance(config, PretrainConfig) else config.data.test_crop
@@ -291,6 +334,25 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Network:
         classes=trunk.classes or tuple(map(str, range(trunk.num_classes))),
     )
     return network.to(device)
+
+
+def _timm_network(saved: checkpoint.Checkpoint, config: FinetuneConfig) -> Network:
+    data, classes = config.data, tuple(saved.metadata["classes"])
+    assert config.network is not None and data.image_size is not None and data.channels is not None
+    assert data.mean is not None and data.std is not None
+    empty = config.network.model_copy(update={"pretrained": False})
+    classifier = build.timm_classifier(empty, channels=data.channels, num_classes=len(classes))
+    classifier.load_state_dict(part_of(_weights(saved), "classifier"))
+    return Network(
+        cast(Any, classifier.backbone),  # what others read of a `Backbone`, it has not
+        norm=nn.Identity(),
+        normalize=Normalize(*build.statistics(data.mean, data.std)),
+        view=EvalView(data.image_size, crop=data.test_crop, interpolation=data.interpolation),
+        reading={"channels": data.channels, **_depth(config)},
+        step=saved.step,
+        classifier=classifier,
+        classes=classes,
+    )
 
 
 def _depth(config: NetworkConfig) -> dict[str, Any]:

@@ -40,6 +40,8 @@ SEE_EVERYTHING = {
     "tokenization",
     "inheritance",
     "labelled",
+    "heads",
+    "distillation",
     "finetuning",
     "commands",
     "cli",

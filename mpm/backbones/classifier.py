@@ -33,9 +33,21 @@ class Classifier(nn.Module):
             nn.init.trunc_normal_(head.weight, std=self.head_std)
             nn.init.zeros_(head.bias)
 
+    @property
+    def depth(self) -> int:
+        """Number of blocks of the backbone."""
+        return self.backbone.depth
+
+    def vectors(self, images: Tensor) -> Tensor:
+        """[B,C,H,W] -> what the heads read, [B,Q,D]."""
+        return self.readout(self.backbone(images))
+
     def forward(self, images: Tensor) -> Tensor:
         """[B,C,H,W] -> logits [B,Q,L]."""
-        vectors = self.readout(self.backbone(images))
+        return self.classify(self.vectors(images))
+
+    def classify(self, vectors: Tensor) -> Tensor:
+        """What the heads say of what they read: [B,Q,D] -> logits [B,Q,L]."""
         return torch.stack([head(vectors[:, q]) for q, head in enumerate(self.heads)], dim=1)
 
     def predict(self, images: Tensor) -> Tensor:
@@ -53,5 +65,5 @@ class Classifier(nn.Module):
             case "backbone":
                 return self.backbone.layer_of(rest)
             case "readout" | "heads":
-                return self.backbone.depth + 1
+                return self.depth + 1
         raise KeyError(f"{name} is no parameter of a classifier")

@@ -1,8 +1,8 @@
 """The configuration of the two scripts: every default, unit and rule, checked before torch is imported.
 
 `PretrainConfig` and `TokenizerConfig` are in `pretraining`, `FinetuneConfig` in `finetuning`, with the rules
-between their sections; the sections are in `data`, `mask`, `model`, `objective`, `tokenizer`
-and `training`.
+between their sections; the sections are in `data`, `distillation`, `mask`, `model`,
+`network`, `objective`, `tokenizer` and `training`.
 """
 
 from mpm.config.data import (
@@ -19,6 +19,14 @@ from mpm.config.data import (
     TorchvisionData,
     TorchvisionSource,
 )
+from mpm.config.distillation import (
+    CheckpointTeacher,
+    ClassTeacher,
+    Distillation,
+    HardDistillation,
+    SoftDistillation,
+    TimmTeacher,
+)
 from mpm.config.finetuning import FinetuneConfig
 from mpm.config.imported import ImportedConfig, ImportedData
 from mpm.config.mask import BlockMask, Mask, RandomMask
@@ -34,6 +42,7 @@ from mpm.config.model import (
     Stem,
     TokenReadout,
 )
+from mpm.config.network import TimmNetwork
 from mpm.config.objective import (
     ClassPretrainingPredictor,
     CodeTarget,
@@ -85,13 +94,16 @@ __all__ = [
     "Anneal",
     "Backbone",
     "BlockMask",
+    "CheckpointTeacher",
     "ClassAttentionReadout",
     "ClassPretrainingPredictor",
+    "ClassTeacher",
     "CodeTarget",
     "ConvStem",
     "CosineSchedule",
     "DVAEObjective",
     "DecoderPredictor",
+    "Distillation",
     "Ema",
     "FeatureInput",
     "FinetuneConfig",
@@ -102,6 +114,7 @@ __all__ = [
     "HMLPStem",
     "HOGTarget",
     "HOGTeacher",
+    "HardDistillation",
     "HeldOut",
     "ImportedConfig",
     "ImportedData",
@@ -134,6 +147,7 @@ __all__ = [
     "Run",
     "Schedule",
     "Section",
+    "SoftDistillation",
     "Source",
     "Statistics",
     "Stem",
@@ -141,6 +155,8 @@ __all__ = [
     "SyntheticSource",
     "Target",
     "Teacher",
+    "TimmNetwork",
+    "TimmTeacher",
     "TokenReadout",
     "TokenizerConfig",
     "TokenizerMonitor",

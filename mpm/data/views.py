@@ -235,7 +235,7 @@ class EvalView:
     def __init__(self, image_size: tuple[int, int], *, crop: float = 0.875, interpolation: str = "bicubic"):
         self.image_size = image_size
         self._covered = (math.floor(image_size[0] / crop), math.floor(image_size[1] / crop))
-        self._interpolation = interpolation
+        self.interpolation = interpolation
 
     def __call__(self, image: Tensor) -> Tensor:
         """[C,H,W] -> [C,h,w], same type."""
@@ -243,4 +243,4 @@ class EvalView:
         h, w = self._covered
         height_decides = h * W >= w * H
         resized = (h, max(w, int(h * W / H))) if height_decides else (max(h, int(w * H / W)), w)
-        return centre_crop(resize(image, resized, interpolation=self._interpolation), self.image_size)
+        return centre_crop(resize(image, resized, interpolation=self.interpolation), self.image_size)

@@ -24,6 +24,7 @@ from tests.integration.runs import ROOT, assert_identical, everything_saved, met
 from tests.integration.settings import (
     CLASS_PRETRAINING,
     CONV,
+    DISTILLED,
     HMLP,
     SCRATCH,
     SIMMIM,
@@ -70,12 +71,14 @@ STEMS = {"linear": "backbone.stem.kind=linear", "hmlp": HMLP % "batch", "conv": 
 
 
 OF_A_PART = ("train/perplexity", "train/codes_used")
-NAMES = (*PRETRAININGS, *CODES, *TARGETS, "kmeans", "fine-tuning")
+NAMES = (*PRETRAININGS, *CODES, *TARGETS, "kmeans", "fine-tuning", "distillation")
 
 
 def train(name: str, folder: Path, *words: str, tokenizer: Path | None = None) -> None:
     if name == "fine-tuning":
         finetune(finetune_config(folder, *FINETUNING, *words))
+    elif name == "distillation":
+        finetune(finetune_config(folder, *FINETUNING, *DISTILLED, *words))
     elif name == "kmeans":
         pretrain(tokenizer_config(folder, "optim.steps=6", *words))
     elif name in CODES:
