@@ -15,7 +15,7 @@ each in bf16, and in fp32, which `objective.target.dtype=auto` falls back to whe
 Contenders, one network for all of them, in turns:
 
     computed   the tokenizer runs in `prepare`, on its own view of the crop
-    cached     codes are read from a `CodeCache` in each step, as a loader worker does
+    cached     codes are read from a `RowCache` in each step, as a loader worker does
     given      codes are there: no tokenizer at all, the least that a step can take
 
 How to read the answer: a line for each tokenizer and dtype with two comparisons, per round A B B A:
@@ -41,8 +41,9 @@ from torch import Tensor, nn
 from benchmarks.measuring import Comparison, Results, interleaved, peak_memory_bytes, significant
 from mpm import build, configfile
 from mpm.config import PretrainConfig, TokenizerConfig
-from mpm.data.codes import CodeCache
+from mpm.data.codes import create_code_cache, open_code_cache
 from mpm.data.loading import PretrainBatch, ViewDataset
+from mpm.data.rows import RowCache
 from mpm.data.stream import SampleKey
 from mpm.data.views import PretrainView, sample_generator
 from mpm.objectives.masked import MaskedPrediction
@@ -157,14 +158,14 @@ class Steps:
         return turn
 
 
-def fill(path: Path, target: CodeTarget, images: Tensor, *, batch: int) -> CodeCache:
+def fill(path: Path, target: CodeTarget, images: Tensor, *, batch: int) -> RowCache:
     """The codes of images in [0,1] in a cache, one crop of each."""
     grid = [side // stride for side, stride in zip(images.shape[2:], target.tokenizer.stride, strict=True)]
     sizes = {"crops": 1, "images": len(images), "num_patches": grid[0] * grid[1]}
-    with CodeCache.create_or_open(path, fingerprint={}, **sizes, vocab_size=target.out_dim) as cache:
+    with create_code_cache(path, fingerprint={}, **sizes, vocab_size=target.out_dim) as cache:
         for first in range(0, len(images), batch):
             cache.write(0, first, target.codes(images[first : first + batch]).cpu().numpy())
-    return CodeCache.open(path, fingerprint={})
+    return open_code_cache(path, fingerprint={})
 
 
 def render_seconds(view: PretrainView, source: Pictures, *, repeats: int) -> dict[str, float]:
@@ -246,7 +247,7 @@ def measure(
     }, comparison
 
 
-def read(cache: CodeCache, count: int) -> Tensor:
+def read(cache: RowCache, count: int) -> Tensor:
     """Codes int64 [count,N], as `ViewDataset` hands them over."""
     return torch.from_numpy(np.stack([cache.read(0, image) for image in range(count)]).astype(np.int64))
 

@@ -166,6 +166,13 @@ def _tokenize(options: argparse.Namespace) -> None:
     print(tokenize(config))
 
 
+def _teach(options: argparse.Namespace) -> None:
+    config = configfile.load(options.config, options.words, FinetuneConfig).config
+    from mpm.commands.teaching import teach
+
+    print(teach(config))
+
+
 def _predict(options: argparse.Namespace) -> None:
     need_classes(options.checkpoint)
     from mpm.commands.prediction import predict
@@ -334,6 +341,7 @@ _COMMANDS = {
     "pretrain": _pretrain,
     "finetune": _finetune,
     "tokenize": _tokenize,
+    "teach": _teach,
     "predict": _predict,
     "evaluate": _evaluate,
     "attention": _attention,

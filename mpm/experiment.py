@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mpm.data.codes import CodeCache
 from mpm.data.datasets import ImageSource
+from mpm.data.rows import RowCache
 from mpm.data.views import PretrainView
 
 __all__ = ["Experiment", "Look", "Parts"]
@@ -48,7 +48,7 @@ class Parts(NamedTuple):
     macs: int | None
     facts: dict[str, str]
     crops: int | None = None
-    codes: CodeCache | None = None
+    codes: RowCache | None = None
 
 
 class Experiment(Protocol):

@@ -11,16 +11,21 @@ from torch import Tensor
 from mpm import build, distributed, partial
 from mpm.backbones.classifier import Classifier
 from mpm.backbones.cost import classifier_macs
+from mpm.backbones.timm_classifier import TimmClassifier
 from mpm.backbones.tuning import tune
 from mpm.config import FinetuneConfig
 from mpm.data.datasets import ImageSource
-from mpm.data.loading import eval_loader
+from mpm.data.loading import BatchLoader, eval_loader
+from mpm.data.subsets import Subset
 from mpm.data.substitution import Substituting
 from mpm.data.views import EvalView
+from mpm.distillation import open_answers, read_teacher
 from mpm.evaluation.accuracy import SCORES, Accuracy, confusion_picture, evaluate
+from mpm.heads import compare_heads
 from mpm.inheritance import has_fresh_readout, inherit, start_from, with_data
 from mpm.labelled import LabelledData, open_labelled
 from mpm.network import read_trunk
+from mpm.objectives.distillation import Distillation
 from mpm.objectives.supervised import Classification
 from mpm.patchify.norms import recalibrate
 from mpm.patchify.pixels import Normalize, to_unit
@@ -36,6 +41,7 @@ log = logging.getLogger(__name__)
 
 _EVALUATION_BATCH = 256
 _RECALIBRATION_BATCHES = 20
+_COMPARED = 1024  # validation images, at most, that tokens are compared on
 
 
 def finetune(config: FinetuneConfig, *, stop_after: int | None = None) -> bool:
@@ -64,25 +70,24 @@ def _finetune(
 ) -> bool:
     trunk = read_trunk(config.init.checkpoint) if config.init is not None else None
     config = inherit(config, trunk)
-    assert config.backbone is not None
-    config = config.model_copy(update={"backbone": config.backbone.in_full(classifier=True)})
+    if config.backbone is not None:
+        config = config.model_copy(update={"backbone": config.backbone.in_full(classifier=True)})
     data = open_labelled(config)
     mean, std = _moments(config, data.train)
     config = with_data(config, mean=mean, std=std)
+    taught = read_teacher(config, data.classes)
+    answers = open_answers(config, taught, data.train)
     run = Run(config, "finetune")
     optim, cadence = config.optim, config.run
 
     seed_everything(config.seed)
     normalize = Normalize(mean, std).to(device)
     network = _network(config, num_classes=len(data.classes)).to(device)
-    tune(
-        network,
-        config.tune,
-        readout_too=has_fresh_readout(trunk, config),
-        eval_mode=config.eval_mode,
-    )
+    if isinstance(network, Classifier):
+        fresh = has_fresh_readout(trunk, config)
+        tune(network, config.tune, readout_too=fresh, eval_mode=config.eval_mode)
     view = build.train_view(config.data, _image_size(config))
-    if trunk is not None and run.resumes_from is None:
+    if trunk is not None and isinstance(network, Classifier) and run.resumes_from is None:
         start_from(trunk, network, config, data.classes)
         if trunk.readout is None:  # a classifier's statistics are of whole images
             _recalibrate_stem(network, normalize, data.train, config, device)
@@ -95,15 +100,18 @@ def _finetune(
     schedule = build.Schedule(optim, len(data.train))
     last = min(schedule.steps, stop_after or schedule.steps)
     optimizer = build.optimizer(optim, objective)
-    macs = classifier_macs(network)
+    macs = classifier_macs(network) if isinstance(network, Classifier) else None
     reporter = Reporter(
         run.folder,
         total_steps=schedule.steps,
         global_batch=optim.batch_size,
-        flops_per_image=3 * 2 * macs if config.tune == "all" else None,  # else less, by what is frozen
+        # where a part is frozen, less, by what it is
+        flops_per_image=3 * 2 * macs if macs is not None and config.tune == "all" else None,
         ceiling=matmul_flops_per_s(device, build.dtype(optim)),
     )
-    known = {"images": len(data.train), "classes": list(data.classes)}
+    known: dict[str, Any] = {"images": len(data.train), "classes": list(data.classes)}
+    if taught is not None:
+        known["teacher"] = taught.identity
     start, metadata = run.restore(
         objective=objective, optimizer=optimizer, reporter=reporter, ema=ema, data=known
     )
@@ -116,9 +124,10 @@ def _finetune(
     log_facts(
         {
             "parameters": build.parameters(network),
-            "forward": f"{macs / 1e9:.3g} GMACs an image",
+            **({} if macs is None else {"forward": f"{macs / 1e9:.3g} GMACs an image"}),
             "starts from": str(trunk.path) if trunk else "scratch",
             **({"saves": "what it trains; keep what it starts from"} if "base" in metadata else {}),
+            **({} if taught is None else {"teacher": taught.told}),
             "classes": str(len(data.classes)),
             **build.facts(config, schedule, num_images=len(data.train), device=device, start=start),
         }
@@ -126,9 +135,22 @@ def _finetune(
     pin = device.type == "cuda"
     steps = train_steps(
         trained,
-        build.training_loader(config, data.train, view, start=start, stop=last, pin_memory=pin),
+        build.training_loader(
+            config,
+            data.train,
+            view,
+            start=start,
+            stop=last,
+            pin_memory=pin,
+            crops=config.distillation.crops if config.distillation is not None else None,
+            cached=answers,
+        ),
         prepare=build.prepare_labelled(
-            config, normalize=normalize, num_classes=len(data.classes), device=device
+            config,
+            normalize=normalize,
+            num_classes=len(data.classes),
+            device=device,
+            teacher=None if taught is None or answers is not None else taught.teacher.to(device),
         ),
         optimizer=optimizer,
         lr_at=schedule.lr_at,
@@ -169,7 +191,12 @@ def _finetune(
             reporter.check_finite(step)
             with reporter.paused():
                 scores = _scores(objective, ema, data.val, config, normalize, device)
-                reporter.scalars(step, {f"{name}_top1": s.top1 for name, s in scores.items()}, prefix="val/")
+                numbers = {f"{name}_top1": s.top1 for name, s in scores.items()}
+                some = Subset(data.val, range(0, len(data.val), -(-len(data.val) // _COMPARED)))
+                heads = compare_heads(objective.classifier, _loader(some, config), normalize)
+                if heads is not None:
+                    numbers |= {f"cosine_{place}": value for place, value in heads.cosine.items()}
+                reporter.scalars(step, numbers, prefix="val/")
                 weights = max(scores, key=lambda name: scores[name].top1)
                 best = scores[weights].top1 > metadata["best_val"]
                 if best:
@@ -186,13 +213,18 @@ def _finetune(
     return is_done and not distributed.any_rank(stop.requested)
 
 
-def _network(config: FinetuneConfig, num_classes: int) -> Classifier:
-    assert config.backbone is not None and config.data.channels is not None
+def _network(config: FinetuneConfig, num_classes: int) -> Classifier | TimmClassifier:
+    channels = config.data.channels
+    assert channels is not None
+    if config.network is not None:
+        std = config.head_init_std
+        return build.timm_classifier(config.network, channels=channels, num_classes=num_classes, head_std=std)
+    assert config.backbone is not None
     return build.classifier(
         config,
         config.backbone,
         image_size=_image_size(config),
-        channels=config.data.channels,
+        channels=channels,
         num_classes=num_classes,
     )
 
@@ -220,7 +252,7 @@ def _recalibrate_stem(
 
 
 def _scores(
-    objective: Classification,
+    objective: Classification | Distillation,
     ema: Any,
     images: ImageSource,
     config: FinetuneConfig,
@@ -228,16 +260,16 @@ def _scores(
     device: torch.device,
 ) -> dict[str, Accuracy]:
     """Accuracy of the trained weights and, where there is one, of their average, in float32."""
-    view = EvalView(_image_size(config), crop=config.data.test_crop, interpolation=config.data.interpolation)
-    loader = eval_loader(images, view, batch_size=_EVALUATION_BATCH, workers=config.run.workers)
+    loader = _loader(images, config)
     candidates = {"model": objective} | ({"ema": ema.module} if ema is not None else {})
     scores = {}
     for name, candidate in candidates.items():
         was_training = candidate.training
         candidate.eval()
 
-        def predict(batch: Tensor, network: Classifier = candidate.classifier) -> Tensor:
-            return network.predict(normalize(to_unit(batch, device)))
+        def predict(batch: Tensor, network: Any = candidate.classifier) -> Tensor:
+            scores: Tensor = network.predict(normalize(to_unit(batch, device)))
+            return scores
 
         with torch.no_grad():
             scores[name] = evaluate(predict, loader, num_classes=len(images.classes or ()), device=device)
@@ -245,9 +277,14 @@ def _scores(
     return scores
 
 
+def _loader(images: ImageSource, config: FinetuneConfig) -> BatchLoader:
+    view = EvalView(_image_size(config), crop=config.data.test_crop, interpolation=config.data.interpolation)
+    return eval_loader(images, view, batch_size=_EVALUATION_BATCH, workers=config.run.workers)
+
+
 def _test(
     run: Run,
-    objective: Classification,
+    objective: Classification | Distillation,
     ema: Any,
     data: LabelledData,
     config: FinetuneConfig,
@@ -261,13 +298,16 @@ def _test(
     if ema is not None and chosen.ema is not None:
         ema.module.load_state_dict(chosen.ema)
     scores = _scores(objective, ema, data.test, config, normalize, device)
+    weights = chosen.metadata["weights"]
+    better = ema.module if weights == "ema" else objective
+    heads = compare_heads(better.classifier, _loader(data.test, config), normalize)
     if not distributed.is_main():
         return
-    weights = chosen.metadata["weights"]
     score = scores[weights]
     result = {
         "test": {name: getattr(score, name) for name in SCORES},
         "top1_of_weights": {name: s.top1 for name, s in scores.items()},
+        **({} if heads is None else {"heads": heads._asdict()}),
         "weights": weights,
         "step": chosen.step,
         "seed": config.seed,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mpm import configfile
 from mpm.backbones.classifier import Classifier
-from mpm.config import ClassAttentionReadout, FinetuneConfig, Positions, Readout
+from mpm.config import ClassAttentionReadout, FinetuneConfig, Positions, Readout, TokenReadout
 from mpm.network import Trunk
 
 __all__ = ["has_fresh_readout", "inherit", "start_from", "with_data"]
@@ -26,7 +26,6 @@ def inherit(config: FinetuneConfig, trunk: Trunk | None) -> FinetuneConfig:
     """
     data = config.data
     if trunk is None:
-        assert config.backbone is not None
         defaults = {"channels": 3, "mean": "imagenet", "std": "imagenet"}
         return with_data(
             config, **{key: value for key, value in defaults.items() if getattr(data, key) is None}
@@ -77,7 +76,7 @@ def start_from(trunk: Trunk, network: Classifier, config: FinetuneConfig, classe
             fresh.append("heads, whose classes are others")
     else:
         fresh.append("readout and heads")
-        if config.readout.kind == "token" and trunk.norm:
+        if isinstance(config.readout, TokenReadout) and trunk.norm:
             network.readout.norm.load_state_dict(trunk.norm)
             inherited.append("norm")
     log.info(
@@ -96,7 +95,7 @@ def has_fresh_readout(trunk: Trunk | None, config: FinetuneConfig) -> bool:
     )
 
 
-def _is_same_reader(theirs: Readout | None, ours: Readout) -> bool:
+def _is_same_reader(theirs: Readout | None, ours: Readout | None) -> bool:
     """Whether weights fit, but for the number of queries."""
     if isinstance(theirs, ClassAttentionReadout) and isinstance(ours, ClassAttentionReadout):
         theirs = theirs.model_copy(update={"queries": ours.queries})

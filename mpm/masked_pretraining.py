@@ -1,8 +1,6 @@
 """Masked prediction as an experiment: what a configuration of pretraining becomes."""
 
-import hashlib
 import logging
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -11,10 +9,10 @@ from torch import Tensor, nn
 
 from mpm import build, distributed
 from mpm.config import CodeTarget, LatentTarget, PretrainConfig, PretrainData, Statistics
-from mpm.data.codes import CodeCache
+from mpm.data.codes import open_code_cache
 from mpm.data.datasets import ImageSource
 from mpm.data.loading import stack
-from mpm.data.substitution import Substituting
+from mpm.data.substitution import Substituting, images_digest
 from mpm.data.views import EvalView
 from mpm.experiment import Parts
 from mpm.monitoring import Monitor, code_views
@@ -35,7 +33,6 @@ __all__ = ["MaskedPretraining", "code_fingerprint", "code_target"]
 log = logging.getLogger(__name__)
 
 _IMAGES_COMPARED = 32
-_IMAGES_HASHED = 16
 _AGREEMENT = 0.99  # of codes in bf16 with those in fp32
 
 
@@ -104,7 +101,7 @@ class MaskedPretraining:
                 facts["crops"] = f"the same {crops} of each image in turn"
             if (file := config.objective.target.cache) is not None:
                 fingerprint = code_fingerprint(config, cast(Codes, target), self.images)
-                cache = CodeCache.open(file, fingerprint=fingerprint)
+                cache = open_code_cache(file, fingerprint=fingerprint)
                 facts["crops"] += f", their codes read from {file}"
         return Parts(
             objective=objective,
@@ -169,14 +166,12 @@ def code_fingerprint(config: PretrainConfig, target: Codes, images: ImageSource)
     view = config.data.model_dump(
         mode="json", exclude={"mean", "std", "interpolation", "root", "index", "download"}
     )
-    contents = hashlib.sha256()
-    for index in range(len(images)):  # absolute names move with the folder
-        contents.update(Path(images.name(index)).name.encode() + b"\0")
-    for place in np.linspace(0, len(images) - 1, min(len(images), _IMAGES_HASHED), dtype=int):
-        contents.update(Substituting(images).read(int(place)).numpy().tobytes())
     stated = config.objective.target
     return {
-        "images": {"sha256": contents.hexdigest(), "of": str(getattr(config.data, "root", config.data.kind))},
+        "images": {
+            "sha256": images_digest(images),
+            "of": str(getattr(config.data, "root", config.data.kind)),
+        },
         "tokenizer": {"sha256": digest(cast(nn.Module, target.tokenizer)), "of": stated.tokenizer},
         "dtype": str(target.dtype),
         "seed": config.seed,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from mpm.backbones.adapt import adapt_state
 from mpm.backbones.attention_maps import AttentionMaps, Query, attention_maps
 from mpm.backbones.backbone import Backbone, Encoded
 from mpm.backbones.classifier import Classifier
+from mpm.backbones.timm_classifier import TimmClassifier
 from mpm.config import Backbone as BackboneConfig
 from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig, Readout
 from mpm.data.images import read_image
@@ -23,7 +24,7 @@ from mpm.patchify.patches import grid_of
 from mpm.patchify.pixels import Normalize, to_unit
 from mpm.variants import Architecture
 
-__all__ = ["Network", "Trunk", "config_of", "is_checkpoint", "load", "part_of", "read_trunk"]
+__all__ = ["Network", "Trunk", "config_of", "holds_timm", "is_checkpoint", "load", "part_of", "read_trunk"]
 
 
 NetworkConfig = PretrainConfig | FinetuneConfig | ImportedConfig
@@ -40,6 +41,7 @@ class Trunk(NamedTuple):
         channels: of the images.
         mean: per channel, in [0,1].
         std: per channel, in [0,1].
+        interpolation: of an image to its size.
         readout: what a classifier reads; None: it is pretrained.
         classes: their names; none where they are not known, as in published files.
         num_classes: of the classifier; 0: it is pretrained.
@@ -53,6 +55,7 @@ class Trunk(NamedTuple):
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    interpolation: str
     readout: Readout | None
     classes: tuple[str, ...]
     num_classes: int
@@ -75,6 +78,29 @@ class Trunk(NamedTuple):
         """State of the norm that reads tokens; empty where a mean or class attention is normed."""
         reads_tokens = self.readout is not None and self.readout.kind == "token"
         return part_of(self.state["readout" if reads_tokens else "predictor"], "norm")
+
+    def backbone_at(self, image_size: tuple[int, int]) -> Backbone:
+        """The backbone with its weights, for images of a size."""
+        built = build.backbone(self.backbone, image_size=image_size, channels=self.channels)
+        built.load_state_dict(self.weights_for(built, channels=self.channels))
+        return built
+
+    def classifier_at(self, image_size: tuple[int, int]) -> Classifier:
+        """The classifier with its weights, for images of a size.
+
+        Raises:
+            ValueError: if it knows no classes.
+        """
+        if self.readout is None or not self.num_classes:
+            raise ValueError(f"{self.path} is of pretraining and has no classes; fine-tune it first")
+        built = Classifier(
+            self.backbone_at(image_size),
+            build.readout(self.readout, self.backbone),
+            num_classes=self.num_classes,
+        )
+        for part in ("readout", "heads"):
+            built.get_submodule(part).load_state_dict(self.state[part])
+        return built
 
     def weights_for(self, backbone: Backbone, *, channels: int) -> dict[str, Tensor]:
         """The backbone's weights, adapted to another grid, other channels, and a relative bias per block."""
@@ -106,6 +132,19 @@ def read_trunk(source: str | Path) -> Trunk:
     return _trunk(config_of(saved), better_weights(saved), path=saved.path, step=saved.step, classes=classes)
 
 
+def holds_timm(source: str | Path) -> bool:
+    """Whether it is a run of fine-tuning that trained a model of timm.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if it is broken, or not understood.
+    """
+    if not is_checkpoint(source):
+        return False
+    config = config_of(checkpoint.load(Path(source).expanduser()))
+    return isinstance(config, FinetuneConfig) and config.network is not None
+
+
 def _trunk(
     config: NetworkConfig,
     state: dict[str, Tensor],
@@ -115,6 +154,11 @@ def _trunk(
     classes: tuple[str, ...] = (),
 ) -> Trunk:
     data = config.data
+    if isinstance(config, FinetuneConfig) and config.network is not None:
+        raise ValueError(
+            f"{path} is timm's {config.network.model}, whose weights have no place in a backbone of mpm; "
+            "it can be evaluated, and teach: distillation.teacher={kind: checkpoint, checkpoint: ...}"
+        )
     assert config.backbone is not None and data.image_size is not None and data.channels is not None
     assert data.mean is not None and data.std is not None
     mean, std = build.statistics(data.mean, data.std)
@@ -127,6 +171,7 @@ def _trunk(
         channels=data.channels,
         mean=mean,
         std=std,
+        interpolation=data.interpolation,
         readout=None if isinstance(config, PretrainConfig) else config.readout,
         classes=classes,
         num_classes=known or 0,
@@ -171,25 +216,24 @@ class Network(nn.Module):
         view: resizes and crops an image [C,H,W] to what the network gets.
         reading: how files become images: arguments of `read_image` and `FolderImages`.
         step: finished steps of the checkpoint.
-        architecture: of the backbone.
     """
 
     def __init__(
         self,
         backbone: Backbone,
         *,
-        architecture: Architecture,
+        architecture: Architecture | None,
         norm: nn.Module,
         normalize: Normalize,
         view: EvalView,
         reading: dict[str, Any],
         step: int,
-        classifier: Classifier | None = None,
+        classifier: Classifier | TimmClassifier | None = None,
         classes: tuple[str, ...] = (),
     ):
         super().__init__()
         self.backbone = backbone
-        self.architecture = architecture
+        self._architecture = architecture
         self.norm = norm
         self.normalize = normalize
         self.view = view
@@ -210,11 +254,13 @@ class Network(nn.Module):
 
         Returns: float32 [B,D].
         """
+        if isinstance(self.classifier, TimmClassifier):
+            return self.classifier.vectors(self._input(images))[:, 0]
         return self.features_of(self.encode(images))
 
     def features_of(self, encoded: Encoded) -> Tensor:
         """Likewise [B,D], of what `encode` gave."""
-        if self.classifier is not None:
+        if isinstance(self.classifier, Classifier):
             return self.classifier.readout(encoded)[:, 0]
         return self.norm(encoded.patches).mean(1)
 
@@ -225,7 +271,11 @@ class Network(nn.Module):
         Args:
             images: [B,C,H,W] of the network's size, uint8 or float32 in [0,1].
             layers: see `Backbone.encode`.
+
+        Raises:
+            ValueError: if it is a model of timm, which has no such blocks.
         """
+        assert self.architecture
         return self.backbone.encode(self.backbone.embed(self._input(images)), layers=layers)
 
     @torch.no_grad()
@@ -256,8 +306,12 @@ class Network(nn.Module):
         Args:
             images: [B,C,H,W] of the network's size, uint8 or float32 in [0,1].
             query: "class_token" or "patches"; None: what `features` are of.
+
+        Raises:
+            ValueError: if it is a model of timm.
         """
-        readout = None if self.classifier is None else self.classifier.readout
+        assert self.architecture
+        readout = self.classifier.readout if isinstance(self.classifier, Classifier) else None
         return attention_maps(self.backbone, self._input(images), readout=readout, query=query)
 
     def read(self, path: str | Path) -> Tensor:
@@ -271,6 +325,19 @@ class Network(nn.Module):
     def preprocess(self, images: Sequence[Tensor]) -> Tensor:
         """Images [C,H,W] of any size as one batch [B,C,h,w]."""
         return stack([self.view(image) for image in images])
+
+    @property
+    def architecture(self) -> Architecture:
+        """Of the backbone.
+
+        Raises:
+            ValueError: if it is a model of timm.
+        """
+        if self._architecture is None:
+            raise ValueError(
+                "this checkpoint is a whole model of timm, which tells its classes and features only"
+            )
+        return self._architecture
 
     def _input(self, images: Tensor) -> Tensor:
         return self.normalize(to_unit(images, self.normalize.mean.device))
@@ -294,6 +361,8 @@ def load(
     saved = partial.load(path)
     config = config_of(saved)
     weights = better_weights(saved)
+    if isinstance(config, FinetuneConfig) and config.network is not None:
+        return _timm_network(saved, config, image_size).to(device)
     trunk = _trunk(
         config,
         weights,
@@ -301,17 +370,13 @@ def load(
         step=saved.step,
         classes=tuple(saved.metadata.get("classes", ())),
     )
-    classifier = None
+    classifier: Classifier | None = None
     image_size = image_size or trunk.image_size
-    backbone = build.backbone(trunk.backbone, image_size=image_size, channels=trunk.channels)
-    backbone.load_state_dict(trunk.weights_for(backbone, channels=trunk.channels))
     if trunk.readout is not None and trunk.num_classes:
-        readout = build.readout(trunk.readout, trunk.backbone)
-        classifier = Classifier(backbone, readout, num_classes=trunk.num_classes)
-        classifier.get_submodule("readout").load_state_dict(trunk.state["readout"])
-        classifier.heads.load_state_dict(trunk.state["heads"])
-        norm = readout.norm
+        classifier = trunk.classifier_at(image_size)
+        backbone, norm = classifier.backbone, classifier.readout.norm
     else:
+        backbone = trunk.backbone_at(image_size)
         norm = nn.LayerNorm(backbone.dim, eps=1e-6)
         norm.load_state_dict(trunk.norm)
     crop = 1.0 if isinstance(config, PretrainConfig) else config.data.test_crop
@@ -327,6 +392,28 @@ def load(
         classes=trunk.classes or tuple(map(str, range(trunk.num_classes))),
     )
     return network.to(device)
+
+
+def _timm_network(
+    saved: checkpoint.Checkpoint, config: FinetuneConfig, image_size: tuple[int, int] | None
+) -> Network:
+    data, classes = config.data, tuple(saved.metadata["classes"])
+    assert config.network is not None and data.image_size is not None and data.channels is not None
+    assert data.mean is not None and data.std is not None
+    empty = config.network.model_copy(update={"pretrained": False})
+    classifier = build.timm_classifier(empty, channels=data.channels, num_classes=len(classes))
+    classifier.load_state_dict(part_of(better_weights(saved), "classifier"))
+    return Network(
+        cast(Any, classifier.backbone),  # what others read of a `Backbone`, it has not
+        architecture=None,
+        norm=nn.Identity(),
+        normalize=Normalize(*build.statistics(data.mean, data.std)),
+        view=EvalView(image_size or data.image_size, crop=data.test_crop, interpolation=data.interpolation),
+        reading={"channels": data.channels, **_depth(config)},
+        step=saved.step,
+        classifier=classifier,
+        classes=classes,
+    )
 
 
 def _depth(config: NetworkConfig) -> dict[str, Any]:

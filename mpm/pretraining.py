@@ -87,7 +87,7 @@ def _pretrain(
         stop=last,
         pin_memory=pin,
         crops=parts.crops,
-        codes=parts.codes,
+        cached=parts.codes,
     )
     steps = train_steps(
         trained,

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from mpm import build
-from mpm.backbones.backbone import Backbone
 from mpm.config import (
     FeatureInput,
     HOGTeacher,
@@ -149,13 +148,12 @@ def _network_teacher(source: str, grid: tuple[int, int], *, dtype: torch.dtype) 
     if source.startswith(TIMM):
         network = create_timm(source.removeprefix(TIMM))
         identity = digest(network)
-        published = network.pretrained_cfg
-        normalize = Normalize(published["mean"], published["std"])
+        normalize = teachers.published_normalize(network)
         return _Read(teachers.NetworkTeacher(network, grid=grid, normalize=normalize, dtype=dtype), identity)
     trunk = read_trunk(source)
     patch_height, patch_width = trunk.backbone.resolved().patch_size
     sizes = trunk.image_size, (grid[0] * patch_height, grid[1] * patch_width)
-    own, fitted = (_backbone(trunk, size) for size in sizes)
+    own, fitted = (trunk.backbone_at(size) for size in sizes)
     norm = None
     if trunk.norm:
         norm = nn.LayerNorm(own.dim, eps=1e-6)
@@ -164,10 +162,3 @@ def _network_teacher(source: str, grid: tuple[int, int], *, dtype: torch.dtype) 
         fitted, grid=grid, normalize=Normalize(trunk.mean, trunk.std), norm=norm, dtype=dtype
     )
     return _Read(teacher, digest(nn.ModuleList([own] if norm is None else [own, norm])))
-
-
-def _backbone(trunk: Trunk, image_size: tuple[int, int]) -> Backbone:
-    """The backbone with its weights, for images of a size."""
-    backbone = build.backbone(trunk.backbone, image_size=image_size, channels=trunk.channels)
-    backbone.load_state_dict(trunk.weights_for(backbone, channels=trunk.channels))
-    return backbone

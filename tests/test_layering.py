@@ -41,6 +41,8 @@ SEE_EVERYTHING = {
     "tokenization",
     "inheritance",
     "labelled",
+    "heads",
+    "distillation",
     "finetuning",
     "commands",
     "cli",

@@ -14,7 +14,7 @@ from mpm import build
 from mpm.commands.tokenizing import tokenize
 from mpm.config import PretrainConfig, TokenizerConfig
 from mpm.configfile import ConfigError, load
-from mpm.data.codes import CodeCache
+from mpm.data.codes import create_code_cache
 from mpm.data.datasets import SyntheticImages
 from mpm.data.images import UnreadableImage
 from mpm.masked_pretraining import MaskedPretraining
@@ -171,7 +171,7 @@ def test_another_experiment_does_not_get_these_codes(
     experiment = MaskedPretraining(config)
     # the file of the experiment, without the work
     fingerprint = fingerprint_of(config)
-    with CodeCache.create_or_open(tmp_path / "codes", fingerprint=fingerprint, **cache) as codes:
+    with create_code_cache(tmp_path / "codes", fingerprint=fingerprint, **cache) as codes:
         for crop in range(CROPS):
             codes.write(crop, 0, np.zeros((COUNT, NUM_PATCHES), int))
     assert experiment.create(torch.device("cpu"), is_new=True).codes is not None

@@ -69,9 +69,21 @@ class Classifier(nn.Module):
             nn.init.trunc_normal_(head.weight, std=self.head_std)
             nn.init.zeros_(head.bias)
 
+    @property
+    def depth(self) -> int:
+        """Number of blocks of the backbone."""
+        return self.backbone.depth
+
+    def vectors(self, images: Tensor) -> Tensor:
+        """[B,C,H,W] -> what the heads read, [B,Q,D]."""
+        return self.readout(self.backbone(images))
+
     def forward(self, images: Tensor) -> Tensor:
         """[B,C,H,W] -> logits [B,Q,L]."""
-        vectors = self.readout(self.backbone(images))
+        return self.classify(self.vectors(images))
+
+    def classify(self, vectors: Tensor) -> Tensor:
+        """What the heads say of what they read: [B,Q,D] -> logits [B,Q,L]."""
         heads = zip(vectors.unbind(1), self.head_norms, self.heads, strict=True)
         return torch.stack([head(norm(vector)) for vector, norm, head in heads], dim=1)
 
@@ -90,7 +102,7 @@ class Classifier(nn.Module):
             case "backbone":
                 return self.backbone.layer_of(rest)
             case "readout" | "heads":
-                return self.backbone.depth + 1
+                return self.depth + 1
         raise KeyError(f"{name} is no parameter of a classifier")
 
 

@@ -94,7 +94,13 @@ class ClassAttentionReadout(nn.Module):
 
     def forward(self, encoded: Encoded) -> Tensor:
         """[B,Q,D]."""
+        return self.norm(self.layers(encoded)[-1])
+
+    def layers(self, encoded: Encoded) -> list[Tensor]:
+        """The queries [B,Q,D] after each block."""
         queries = self.tokens.to(encoded.patches.dtype).expand(len(encoded.patches), -1, -1)
+        after = []
         for block in self.blocks:
             queries = block(queries, encoded.patches)
-        return self.norm(queries)
+            after.append(queries)
+        return after

@@ -13,7 +13,7 @@ from mpm.build.data import (
     train_view,
     training_loader,
 )
-from mpm.build.labelled import classifier, prepare_labelled, readout, supervised
+from mpm.build.labelled import classifier, prepare_labelled, readout, supervised, timm_classifier
 from mpm.build.masked import backbone, code_target, objective, predictor, target
 from mpm.build.tokenizers import default_codes, tokenizer, tokenizer_objective
 from mpm.build.training import Schedule, accumulation, dtype, facts, optimizer, parameters
@@ -40,6 +40,7 @@ __all__ = [
     "statistics",
     "supervised",
     "target",
+    "timm_classifier",
     "tokenizer",
     "tokenizer_objective",
     "tokenizer_view",

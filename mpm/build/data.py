@@ -4,11 +4,11 @@ from typing import assert_never
 
 from mpm import config as cfg
 from mpm import distributed
-from mpm.data.codes import CodeCache
 from mpm.data.crops import SimpleCrop
 from mpm.data.datasets import FolderImages, ImageSource, SyntheticImages, TorchvisionImages
 from mpm.data.inaturalist import INaturalistImages
 from mpm.data.loading import BatchLoader, ViewDataset, train_loader
+from mpm.data.rows import RowCache
 from mpm.data.statistics import channel_statistics
 from mpm.data.stream import EpochStream
 from mpm.data.views import PretrainView, TrainView
@@ -155,9 +155,9 @@ def training_loader(
     stop: int,
     pin_memory: bool,
     crops: int | None = None,
-    codes: CodeCache | None = None,
+    cached: RowCache | None = None,
 ) -> BatchLoader:
-    """This process's micro-batches of steps `start` to `stop`; for `crops` and `codes` see `ViewDataset`."""
+    """This process's micro-batches of steps `start` to `stop`; for `crops` and `cached` see `ViewDataset`."""
     stream = EpochStream(
         len(images),
         config.optim.batch_size,
@@ -167,5 +167,5 @@ def training_loader(
         micro_batch=config.run.micro_batch,
         repeats=config.data.repeats if isinstance(config, cfg.FinetuneConfig) else 1,
     )
-    dataset = ViewDataset(images, view, seed=config.seed, crops=crops, codes=codes)
+    dataset = ViewDataset(images, view, seed=config.seed, crops=crops, cached=cached)
     return train_loader(dataset, stream, workers=config.run.workers, pin_memory=pin_memory)

@@ -7,6 +7,7 @@ from torch import nn
 
 from mpm import config as cfg
 from mpm import distributed
+from mpm.objectives.distillation import Distillation
 from mpm.objectives.supervised import Classification
 from mpm.training.optimizer import create_adamw, create_lamb, create_lars, create_sgd, parameter_groups
 from mpm.training.schedule import cosine, multistep
@@ -65,11 +66,11 @@ def optimizer(
     layers: dict[str, Any] = {}
     decayed: set[str] = set()
     if isinstance(config, cfg.FinetuneOptim):
-        assert isinstance(module, Classification)
+        assert isinstance(module, Classification | Distillation)
         network = module.classifier
         layers = {
             "layer_of": lambda name: network.layer_of(name.removeprefix("classifier.")),
-            "num_layers": network.backbone.depth + 1,
+            "num_layers": network.depth + 1,
             "layer_decay": config.layer_decay,
         }
     elif isinstance(config, cfg.PretrainOptim):

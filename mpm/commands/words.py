@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     for add in (
         _add_training,
         _add_tokenize,
+        _add_teach,
         _add_predict,
         _add_evaluate,
         _add_attention,
@@ -162,6 +163,20 @@ def _add_tokenize(commands: Any) -> None:
         example="mpm tokenize configs/vitb_beit.yaml objective.target.crops=20 objective.target.cache=codes",
     )
     command.add_argument("config", metavar="CONFIG", help="YAML file of pretraining")
+    _add_overrides(command)
+
+
+def _add_teach(commands: Any) -> None:
+    command = _add(
+        commands,
+        "teach",
+        "fill the cache of a teacher's answers that a fine-tuning run reads",
+        more="Asks the teacher about distillation.crops crops of each image, once, and keeps its logits in\n"
+        "distillation.cache. Stopped, the same command continues. The run then shows these crops in turn,\n"
+        "and takes no mixup and no erasing, which would change what the teacher sees.",
+        example="mpm teach config.yaml distillation.crops=10 distillation.cache=answers.bin",
+    )
+    command.add_argument("config", metavar="CONFIG", help="YAML file of fine-tuning")
     _add_overrides(command)
 
 

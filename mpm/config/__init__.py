@@ -1,8 +1,8 @@
 """The configuration of the two scripts: every default, unit and rule, checked before torch is imported.
 
 `PretrainConfig` and `TokenizerConfig` are in `pretraining`, `FinetuneConfig` in `finetuning`, with the rules
-between their sections; the sections are in `data`, `mask`, `model`, `objective`, `tokenizer`
-and `training`.
+between their sections; the sections are in `data`, `distillation`, `mask`, `model`,
+`network`, `objective`, `tokenizer` and `training`.
 """
 
 from mpm.config.data import (
@@ -20,6 +20,14 @@ from mpm.config.data import (
     TorchvisionData,
     TorchvisionSource,
 )
+from mpm.config.distillation import (
+    CheckpointTeacher,
+    ClassTeacher,
+    Distillation,
+    HardDistillation,
+    SoftDistillation,
+    TimmTeacher,
+)
 from mpm.config.finetuning import FinetuneConfig
 from mpm.config.imported import ImportedConfig, ImportedData
 from mpm.config.mask import BlockMask, Mask, RandomMask
@@ -35,6 +43,7 @@ from mpm.config.model import (
     Stem,
     TokenReadout,
 )
+from mpm.config.network import TimmNetwork
 from mpm.config.objective import (
     ClassPretrainingPredictor,
     CodeTarget,
@@ -97,14 +106,17 @@ __all__ = [
     "AnyFinetuneOptim",
     "Backbone",
     "BlockMask",
+    "CheckpointTeacher",
     "ClassAttentionReadout",
     "ClassPretrainingPredictor",
+    "ClassTeacher",
     "CodeTarget",
     "ConstantSchedule",
     "ConvStem",
     "CosineSchedule",
     "DVAEObjective",
     "DecoderPredictor",
+    "Distillation",
     "Ema",
     "FeatureInput",
     "FinetuneConfig",
@@ -115,6 +127,7 @@ __all__ = [
     "HMLPStem",
     "HOGTarget",
     "HOGTeacher",
+    "HardDistillation",
     "HeldOut",
     "INaturalistSource",
     "ImportedConfig",
@@ -153,6 +166,7 @@ __all__ = [
     "SGDOptim",
     "Schedule",
     "Section",
+    "SoftDistillation",
     "Source",
     "Statistics",
     "Stem",
@@ -160,6 +174,8 @@ __all__ = [
     "SyntheticSource",
     "Target",
     "Teacher",
+    "TimmNetwork",
+    "TimmTeacher",
     "TokenReadout",
     "TokenizerConfig",
     "TokenizerMonitor",

@@ -8,7 +8,9 @@ from mpm.config.checks import check_micro_batch, check_patches, check_statistics
 from mpm.config.data import (
     FinetuneData,
 )
-from mpm.config.model import Backbone, Readout
+from mpm.config.distillation import Distillation
+from mpm.config.model import Backbone, ClassAttentionReadout, Readout, TokenReadout
+from mpm.config.network import TimmNetwork
 from mpm.config.optimizers import AnyFinetuneOptim
 from mpm.config.section import Count, NotNegative, Section, Seed
 from mpm.config.training import (
@@ -35,12 +37,16 @@ class FinetuneConfig(Section):
     """Labelled images."""
     backbone: Backbone | None = None
     """The encoder. With init: what is not stated is the checkpoint's, and only drop_path may differ."""
-    readout: Readout
-    """Encoder output to the vector that is classified."""
+    readout: Readout | None = None
+    """Encoder output to the vector that is classified; required with a backbone."""
+    network: TimmNetwork | None = None
+    """A whole classifier in place of init, backbone and readout."""
     tune: Literal["all", "attention", "mlp", "norm", "head"] = "all"
     """What is trained, besides the heads; checkpoints of a part hold what was trained and need their base."""
     eval_mode: bool = False
     """Train in evaluation mode: no drop path, batch norm by its statistics (DeiT at 384)."""
+    distillation: Distillation | None = None
+    """A teacher to learn from besides the labels; null: none."""
     labels: Labels | None = None
     """How many of the training labels are used; null: all."""
     mixup: Mixup | None = None
@@ -63,13 +69,15 @@ class FinetuneConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "FinetuneConfig":
         backbone, data = self.backbone, self.data
+        self._check_network()
         if self.init is None:
             self._check_scratch()
         if backbone is not None:
             if data.image_size is not None and not backbone.missing:
                 check_patches(data.image_size, backbone.resolved().patch_size)
             is_known = not backbone.missing
-            if self.readout.kind == "token" and is_known and not backbone.resolved().class_token:
+            is_token = isinstance(self.readout, TokenReadout)
+            if is_token and is_known and not backbone.resolved().class_token:
                 raise ValueError(
                     "readout.kind token reads the class token, but backbone.class_token is false; "
                     "use class_attention or mean"
@@ -78,6 +86,7 @@ class FinetuneConfig(Section):
             raise ValueError(
                 f"loss binary_cross_entropy takes no label_smoothing; set {self.label_smoothing:g} to 0"
             )
+        self._check_distillation()
         check_micro_batch(self.run.micro_batch, self.optim.batch_size)
         sizes = {"optim.batch_size": self.optim.batch_size, "run.micro_batch": self.run.micro_batch}
         for key, size in sizes.items():
@@ -85,17 +94,68 @@ class FinetuneConfig(Section):
                 raise ValueError(f"{key} {size} is odd, and mixup pairs images; use {size + 1}")
         return self
 
+    def _check_network(self) -> None:
+        if self.network is None:
+            if self.readout is None:
+                raise ValueError(
+                    "readout is null; give it, such as {kind: mean}, or network for a whole classifier"
+                )
+            return
+        for key in ("init", "backbone", "readout"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"network is a whole classifier and takes no {key}; leave one of them out")
+        for key, default in (("eval_mode", False), ("head_norm", "none")):
+            if (value := getattr(self, key)) != default:
+                raise ValueError(f"{key} {value} is not for a whole network of timm; leave it out")
+        if self.optim.layer_decay != 1:
+            raise ValueError(
+                f"optim.layer_decay {self.optim.layer_decay:g} needs the layers of a backbone, and network "
+                "has none; use 1"
+            )
+
+    def _check_distillation(self) -> None:
+        stated, backbone = self.distillation, self.backbone
+        if stated is None:
+            return
+        if stated.through == "token":
+            told = "distillation.through token needs a second head"
+            match self.readout:
+                case ClassAttentionReadout(queries=queries):
+                    if queries == 1:
+                        raise ValueError(f"{told}; set readout.queries to 2, or through to class")
+                case TokenReadout():
+                    if backbone and not backbone.missing and not backbone.resolved().distillation_token:
+                        raise ValueError(
+                            f"{told}; set backbone.distillation_token to true, or through to class. A "
+                            "checkpoint without that token can be read by readout {kind: class_attention, "
+                            "queries: 2}"
+                        )
+                case _:
+                    what = "network" if self.readout is None else f"readout.kind {self.readout.kind}"
+                    raise ValueError(
+                        f"{told}, and {what} has one; set through to class, or use a token or "
+                        "class_attention readout"
+                    )
+        if stated.cache is not None:
+            changed = {"mixup": self.mixup is not None, "data.erasing": self.data.erasing > 0}
+            for key in [key for key, does in changed.items() if does]:
+                raise ValueError(
+                    f"distillation.cache holds answers to crops, and {key} changes what the teacher sees of "
+                    f"them anew each time; set {key} to {'null' if key == 'mixup' else '0'}, or cache to null"
+                )
+
     def _check_scratch(self) -> None:
         if self.tune != "all":
             raise ValueError(
                 f"tune {self.tune} freezes the rest, which has no weights yet; "
                 "give init.checkpoint, or set tune to all"
             )
-        if self.backbone is None:
+        if self.backbone is None and self.network is None:
             raise ValueError("backbone is null; give it, or init.checkpoint to fine-tune")
         if self.data.image_size is None:
             raise ValueError("data.image_size is null; give it, or init.checkpoint to take the checkpoint's")
-        self.backbone.resolved()
+        if self.backbone is not None:
+            self.backbone.resolved()
         check_statistics_are_stated(self.data)
 
     @property

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from mpm import distributed
 from mpm.data.channels import to_unit_range
-from mpm.data.codes import CodeCache
 from mpm.data.datasets import ImageSource
 from mpm.data.images import UnreadableImage
+from mpm.data.rows import RowCache
 from mpm.data.stream import SampleKey
 from mpm.data.substitution import check_share, read_next
 from mpm.data.views import MASK_STREAM, EvalView, PretrainView, TrainView, sample_generator
@@ -53,11 +53,13 @@ class LabelledBatch(NamedTuple):
         images: [B,C,H,W] uint8, or float32 in [0, 1] where a file is deeper.
         labels: int64 [B], -1 where the source has no classes.
         index: int64 [B], in the source.
+        teacher: float32 [B,L], a teacher's logits; None where they are not cached.
     """
 
     images: Tensor
     labels: Tensor
     index: Tensor  # type: ignore[assignment]  # in place of tuple.index
+    teacher: Tensor | None = None
 
 
 class _Delivery(NamedTuple):
@@ -79,11 +81,11 @@ class ViewDataset(Dataset[_Delivery]):
         view: masks and images, or images with labels.
         seed: of crops and masks.
         crops: number of crops of an image that are shown in turn, epoch after epoch, each time under another
-            mask; None: every epoch has its own. For pretraining.
-        codes: of these crops, in place of the view for the tokenizer.
+            mask; None: every epoch has its own.
+        cached: of these crops, the codes in place of the view for the tokenizer, or a teacher's answers.
 
     Raises:
-        ValueError: if the codes are of another number of crops or images.
+        ValueError: if what is cached is of another number of crops or images.
     """
 
     def __init__(
@@ -93,18 +95,18 @@ class ViewDataset(Dataset[_Delivery]):
         *,
         seed: int,
         crops: int | None = None,
-        codes: CodeCache | None = None,
+        cached: RowCache | None = None,
     ):
-        if codes is not None and (codes.crops, codes.images) != (crops, len(source)):
+        if cached is not None and (cached.crops, cached.images) != (crops, len(source)):
             raise ValueError(
-                f"the cached codes are of {codes.crops} crops of {codes.images} images, "
+                f"the cached {cached.contents.noun} are of {cached.crops} crops of {cached.images} images, "
                 f"not of {crops} crops of {len(source)}"
             )
         self.source = source
         self._view = view
         self._seed = seed
         self._crops = crops
-        self._codes = codes
+        self._cached = cached
 
     def __getitems__(self, keys: list[SampleKey]) -> _Delivery:
         try:
@@ -116,25 +118,25 @@ class ViewDataset(Dataset[_Delivery]):
         broken: dict[int, str] = {}
         indices: list[int] = []
         samples: list[Any] = []
-        codes: list[np.ndarray] = []
+        rows: list[np.ndarray] = []
         for key in keys:
             index, image, passed_over = read_next(self.source, key.image)
             broken |= passed_over
+            crop = self._crop_of(key, index)
+            rng = sample_generator(self._seed, *crop)
             if isinstance(self._view, PretrainView):
-                crop = self._crop_of(key, index)
-                rng = sample_generator(self._seed, *crop)
                 mask_rng = sample_generator(self._seed, *key, stream=MASK_STREAM)
-                samples.append(self._view(image, rng, mask_rng, with_target=self._codes is None))
-                if self._codes is not None:
-                    codes.append(self._codes.read(crop.epoch, crop.image))
+                samples.append(self._view(image, rng, mask_rng, with_target=self._cached is None))
             else:
-                samples.append(self._view(image, sample_generator(self._seed, *key)))
+                samples.append(self._view(image, rng))
+            if self._cached is not None:
+                rows.append(self._cached.read(crop.epoch, crop.image))
             indices.append(index)
         batch: PretrainBatch | LabelledBatch
         if isinstance(self._view, PretrainView):
-            batch = _collate_pretrain(samples, indices, self._view.mask_sampler, codes)
+            batch = _collate_pretrain(samples, indices, self._view.mask_sampler, rows)
         else:
-            batch = _collate_labelled(samples, indices, self.source)
+            batch = _collate_labelled(samples, indices, self.source, rows)
         return _Delivery(batch, tuple(broken.items()))
 
     def _crop_of(self, key: SampleKey, index: int) -> SampleKey:
@@ -191,9 +193,16 @@ def _collate_pretrain(
     )
 
 
-def _collate_labelled(images: list[Tensor], indices: list[int], source: ImageSource) -> LabelledBatch:
+def _collate_labelled(
+    images: list[Tensor], indices: list[int], source: ImageSource, answers: list[np.ndarray] | None = None
+) -> LabelledBatch:
     labels = [-1 if source.classes is None else source.label(index) for index in indices]
-    return LabelledBatch(images=stack(images), labels=torch.tensor(labels), index=torch.tensor(indices))
+    return LabelledBatch(
+        images=stack(images),
+        labels=torch.tensor(labels),
+        index=torch.tensor(indices),
+        teacher=torch.from_numpy(np.stack(answers)) if answers else None,
+    )
 
 
 class BatchLoader:

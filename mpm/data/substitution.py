@@ -1,13 +1,18 @@
 """What happens when an image is broken: the next readable one takes its place, as long as few are."""
 
+import hashlib
+from pathlib import Path
+
+import numpy as np
 from torch import Tensor
 
 from mpm.data.datasets import ImageSource
 from mpm.data.images import UnreadableImage
 
-__all__ = ["Substituting", "check_share", "read_next"]
+__all__ = ["Substituting", "check_share", "images_digest", "read_next"]
 
 _TOLERATED = 100  # one in so many
+_IMAGES_HASHED = 16
 
 
 def read_next(source: ImageSource, index: int) -> tuple[int, Tensor, dict[int, str]]:
@@ -71,3 +76,13 @@ class Substituting:
     def name(self, index: int) -> str:
         """Of the image that was read for `index`."""
         return self._source.name(self._taken.get(index, index))
+
+
+def images_digest(source: ImageSource) -> str:
+    """SHA-256 of the names of all images and the pixels of a few: whether it is the same source."""
+    contents = hashlib.sha256()
+    for index in range(len(source)):  # absolute names move with the folder
+        contents.update(Path(source.name(index)).name.encode(errors="surrogateescape") + b"\0")
+    for place in np.linspace(0, len(source) - 1, min(len(source), _IMAGES_HASHED), dtype=int):
+        contents.update(Substituting(source).read(int(place)).numpy().tobytes())
+    return contents.hexdigest()

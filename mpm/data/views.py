@@ -251,9 +251,9 @@ class EvalView:
     def __init__(self, image_size: tuple[int, int], *, crop: float = 0.875, interpolation: str = "bicubic"):
         self.image_size = image_size
         self._covered = (math.floor(image_size[0] / crop), math.floor(image_size[1] / crop))
-        self._interpolation = interpolation
+        self.interpolation = interpolation
 
     def __call__(self, image: Tensor) -> Tensor:
         """[C,H,W] -> [C,h,w], same type."""
-        covering = cover(image, self._covered, interpolation=self._interpolation)
+        covering = cover(image, self._covered, interpolation=self.interpolation)
         return centre_crop(covering, self.image_size)

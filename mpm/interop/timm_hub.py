@@ -60,18 +60,26 @@ def load_timm(name: str, *, image_size: tuple[int, int] | None = None) -> Offici
     return official_of(weights, heads=attention.num_heads, image_size=image_size)
 
 
-def create_timm(name: str, *, check: Callable[[Mapping[str, Any]], None] = check_timm_arguments) -> Any:
-    """A pretrained model of timm, as timm makes it. No code of a file is run.
+def create_timm(
+    name: str,
+    *,
+    check: Callable[[Mapping[str, Any]], None] = check_timm_arguments,
+    pretrained: bool = True,
+    **arguments: Any,
+) -> Any:
+    """A model of timm, as timm makes it, with its published weights. No code of a file is run.
 
     Args:
         name: as `timm.create_model` takes it: `deit3_small_patch16_224.fb_in1k`, `hf-hub:owner/name` or
             `local-dir:FOLDER`. It may download.
         check: of the config.json of a folder or of the hub, which may be anyone's; raises ValueError.
+        pretrained: false: with random weights.
+        arguments: others of `timm.create_model`.
 
     Raises:
         OutOfReach: if they would have to be downloaded, and cannot be.
-        ValueError: if timm has no such weights, they cannot be had, or would run code, or config.json asks
-            for more than an architecture.
+        ValueError: if timm has no such model or weights, they cannot be had, or would run code, or
+            config.json asks for more than an architecture.
     """
     import timm
 
@@ -79,14 +87,15 @@ def create_timm(name: str, *, check: Callable[[Mapping[str, Any]], None] = check
         _check_reach(name)
         _check_config(name, check)
         with _plain_tensors_only():
-            return timm.create_model(name, pretrained=True)
+            return timm.create_model(name, pretrained=pretrained, **arguments)
     except OutOfReach:
         raise
     except _NOT_HAD as error:
         reason = " ".join(str(error).split())
         if "weights_only" in reason:  # torch's words, which advise to run it
             reason = "their file would run code, and mpm reads plain tensors only"
-        raise ValueError(f"timm gives no weights for {name}: {reason}{_near(name)}") from error
+        what = "weights for" if pretrained else "model"
+        raise ValueError(f"timm gives no {what} {name}: {reason}{_near(name)}") from error
 
 
 def _check_reach(name: str) -> None:

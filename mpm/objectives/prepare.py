@@ -36,6 +36,8 @@ class _LabelledBatch(Protocol):
     def images(self) -> Tensor: ...
     @property
     def labels(self) -> Tensor: ...
+    @property
+    def teacher(self) -> Tensor | None: ...
 
 
 class PrepareMasked:
@@ -107,7 +109,9 @@ class PrepareLabelled:
     """Normalises, erases and mixes the images of a training batch, and makes soft targets.
 
     Erased rectangles are filled with standard normal noise, so erasing comes after the normalisation, as in
-    timm; mixing is linear and commutes with it. Mixing needs an even number of images.
+    timm; mixing is linear and commutes with it. Mixing needs an even number of images. A teacher gets what
+    the network gets, with the normalisation undone: of an erased rectangle, noise of the data's own mean and
+    deviation.
 
     Args:
         normalize: for the network.
@@ -116,6 +120,8 @@ class PrepareLabelled:
         label_smoothing: share of the target spread over all classes.
         mixing: Mixup and CutMix; None: none.
         erasing: probability of erasing a rectangle of an image (timm's `RandomErasing`, mode "pixel").
+        teacher: images [B,C,H,W] in [0,1] -> logits [B,L], where they do not come with the batch; None: there
+            is none.
     """
 
     def __init__(
@@ -127,7 +133,9 @@ class PrepareLabelled:
         label_smoothing: float = 0.0,
         mixing: Mixing | None = None,
         erasing: float = 0.0,
+        teacher: Callable[[Tensor], Tensor] | None = None,
     ):
+        self._teacher = teacher
         self._normalize = normalize
         self._num_classes = num_classes
         self._device = device
@@ -157,8 +165,13 @@ class PrepareLabelled:
         if self._erase is not None:
             images = self._erase(images)
         if self._mix is not None:
-            return LabelledInputs(*self._mix(images, labels))
-        targets = F.one_hot(labels, self._num_classes).float()
-        return LabelledInputs(
-            images, torch.lerp(targets, torch.full_like(targets, 1 / self._num_classes), self._smoothing)
-        )
+            images, targets = self._mix(images, labels)
+        else:
+            hard = F.one_hot(labels, self._num_classes).float()
+            targets = torch.lerp(hard, torch.full_like(hard, 1 / self._num_classes), self._smoothing)
+        return LabelledInputs(images, targets, self._told(batch, images))
+
+    def _told(self, batch: _LabelledBatch, images: Tensor) -> Tensor | None:
+        if batch.teacher is not None:
+            return batch.teacher.to(self._device, non_blocking=True)
+        return None if self._teacher is None else self._teacher(self._normalize.undo(images))

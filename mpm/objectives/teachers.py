@@ -1,7 +1,7 @@
-"""Teachers: frozen networks and plain features that a tokenizer learns to tell.
+"""Teachers: frozen networks and plain features, called with images float32 [B,C,H,W] in [0,1].
 
-A teacher has `dim`, the width F of its features, and is called with images float32 [B,C,H,W] in [0,1]; it
-gives float32 [B,N,F], one vector for each patch of the wanted grid, row-major.
+That of a tokenizer has `dim`, the width F of its features, and gives float32 [B,N,F], one vector for each
+patch of the wanted grid, row-major. That of a classifier gives logits float32 [B,L].
 """
 
 import contextlib
@@ -14,11 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpm.backbones.backbone import Backbone
+from mpm.backbones.classifier import Classifier
+from mpm.backbones.timm_classifier import TimmClassifier
 from mpm.objectives.hog import HOGTarget
 from mpm.patchify.patches import patchify
 from mpm.patchify.pixels import Normalize
 
-__all__ = ["HOGTeacher", "NetworkTeacher", "PixelTeacher", "Teacher"]
+__all__ = [
+    "ClassTeacher",
+    "HOGTeacher",
+    "NetworkTeacher",
+    "PixelTeacher",
+    "Teacher",
+    "own_size",
+    "published_normalize",
+    "takes_any_grid",
+]
 
 
 class Teacher(Protocol):
@@ -118,8 +129,8 @@ class NetworkTeacher(nn.Module):
         self.channels = len(normalize.mean)
         self.grid = grid
         self.dtype = dtype
-        self._is_fitted = _takes_any_grid(network)
-        self.image_size = _fit(network, grid) if self._is_fitted else _own_size(network)
+        self._is_fitted = takes_any_grid(network)
+        self.image_size = _fit(network, grid) if self._is_fitted else own_size(network)
         self.network: Any = network
         self.normalize = normalize  # grey images become as many channels as it has
         self.norm = _norm_of(network, norm)
@@ -137,7 +148,7 @@ class NetworkTeacher(nn.Module):
             images = F.interpolate(
                 images, self.image_size, mode="bicubic", align_corners=False, antialias=True
             ).clamp(0, 1)
-        with self._precision(images.device):
+        with _precision(self.dtype, images.device):
             features = self._features(self.normalize(images)).float()
         if features.ndim == 3:  # [B,n,F], of the wanted patches or of the network's own
             if self._is_fitted:
@@ -147,11 +158,6 @@ class NetworkTeacher(nn.Module):
         if features.shape[2:] != self.grid:
             features = F.interpolate(features, self.grid, mode="bilinear", align_corners=False)
         return rearrange(features, "b f h w -> b (h w) f")
-
-    def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, dtype=self.dtype)
 
     def _features(self, images: Tensor) -> Tensor:
         """Tokens [B,n,F] or a map [B,F,h,w]."""
@@ -165,6 +171,58 @@ class NetworkTeacher(nn.Module):
         return rearrange(features, "b h w f -> b f h w") if channels_last else features
 
 
+class ClassTeacher:
+    """Logits of a frozen classifier, with its own normalisation and at its own resolution.
+
+    It is no module, so that it is never in the objective: not saved, averaged or trained.
+
+    Args:
+        network: with `predict`, normalised images to logits [B,L]. It is frozen.
+        normalize: of the network; grey images become as many channels as it has.
+        image_size: height and width in pixels that the network gets; None: those of the images.
+        interpolation: to that size, "bilinear" or "bicubic". Nothing is clamped: erased pixels are outside
+            [0,1] already.
+        dtype: of the network's matrix products, float32, or bfloat16 by autocast.
+    """
+
+    def __init__(
+        self,
+        network: Classifier | TimmClassifier,
+        *,
+        normalize: Normalize,
+        image_size: tuple[int, int] | None = None,
+        interpolation: str = "bicubic",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.network = network.requires_grad_(False).eval()
+        self.normalize = normalize
+        self.image_size = image_size
+        self.interpolation = interpolation
+        self.dtype = dtype
+
+    def to(self, device: torch.device) -> Self:
+        """The same, moved."""
+        self.network.to(device)
+        self.normalize.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images [B,C,H,W] in [0,1] -> logits float32 [B,L]."""
+        if self.image_size not in (None, images.shape[2:]):
+            images = F.interpolate(
+                images, self.image_size, mode=self.interpolation, align_corners=False, antialias=True
+            )
+        with _precision(self.dtype, images.device):
+            return self.network.predict(self.normalize(images)).float()
+
+
+def _precision(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
 def _rows(tokens: int, image_size: torch.Size) -> int:
     """Rows of the grid of all tokens of an image, whose patches are square."""
     rows = round(math.sqrt(tokens * image_size[0] / image_size[1]))
@@ -172,7 +230,13 @@ def _rows(tokens: int, image_size: torch.Size) -> int:
     return rows
 
 
-def _takes_any_grid(network: Any) -> bool:
+def published_normalize(network: Any) -> Normalize:
+    """Of a model of timm, as it was trained."""
+    published: dict[str, Any] = network.pretrained_cfg
+    return Normalize(published["mean"], published["std"])
+
+
+def takes_any_grid(network: Any) -> bool:
     """Whether it is a vision transformer whose grid can be chosen."""
     needed = ("set_input_size", "num_prefix_tokens", "patch_embed")  # of timm's; Swin has no prefix tokens
     return isinstance(network, Backbone) or all(hasattr(network, name) for name in needed)
@@ -196,7 +260,7 @@ def _fit(network: Any, grid: tuple[int, int]) -> tuple[int, int]:
     return size
 
 
-def _own_size(network: Any) -> tuple[int, int] | None:
+def own_size(network: Any) -> tuple[int, int] | None:
     """Height and width in pixels of the only images that a model of timm takes; None: it takes any."""
     size = getattr(getattr(network, "patch_embed", None), "img_size", None)
     published: dict[str, Any] = getattr(network, "pretrained_cfg", {})

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpm.data.codes import CodeCache
+from mpm.data.codes import create_code_cache, open_code_cache
+from mpm.data.rows import RowCache
 
 SIZES = {"crops": 2, "images": 30, "num_patches": 6, "vocab_size": 50}
 FINGERPRINT = {
@@ -23,8 +24,8 @@ FINGERPRINT = {
 }
 
 
-def create(path: Path, *, fingerprint: dict = FINGERPRINT, **sizes: int) -> CodeCache:
-    return CodeCache.create_or_open(path, fingerprint=fingerprint, **SIZES | sizes)
+def create(path: Path, *, fingerprint: dict = FINGERPRINT, **sizes: int) -> RowCache:
+    return create_code_cache(path, fingerprint=fingerprint, **SIZES | sizes)
 
 
 def codes_of(crop: int, first: int, stop: int, *, vocab_size: int = 50) -> np.ndarray:
@@ -33,19 +34,19 @@ def codes_of(crop: int, first: int, stop: int, *, vocab_size: int = 50) -> np.nd
     return (crop * 1009 + images * 31 + np.arange(6)) * 7919 % vocab_size
 
 
-def fill(cache: CodeCache, *, rows: int = 7) -> None:
+def fill(cache: RowCache, *, rows: int = 7, vocab_size: int = 50) -> None:
     with cache:
         for crop, first, stop in list(cache.missing()):
             for start in range(first, stop, rows):
                 end = min(start + rows, stop)
-                cache.write(crop, start, codes_of(crop, start, end, vocab_size=cache.vocab_size))
+                cache.write(crop, start, codes_of(crop, start, end, vocab_size=vocab_size))
 
 
 @pytest.mark.parametrize("vocab_size", [50, 65536])
 def test_what_is_written_is_read(tmp_path: Path, vocab_size: int) -> None:
     path = tmp_path / "codes"
-    fill(create(path, vocab_size=vocab_size))
-    cache = CodeCache.open(path, fingerprint=FINGERPRINT)
+    fill(create(path, vocab_size=vocab_size), vocab_size=vocab_size)
+    cache = open_code_cache(path, fingerprint=FINGERPRINT)
     assert cache.is_complete
     assert cache.progress == (60, 60)
     assert not list(cache.missing())
@@ -73,7 +74,7 @@ def test_header_is_text_that_people_can_read(tmp_path: Path) -> None:
 def test_large_fingerprints_have_room(tmp_path: Path) -> None:
     fingerprint = {"mean": list(np.linspace(0, 1, 1000))}
     fill(create(tmp_path / "codes", fingerprint=fingerprint))
-    cache = CodeCache.open(tmp_path / "codes", fingerprint=fingerprint)
+    cache = open_code_cache(tmp_path / "codes", fingerprint=fingerprint)
     np.testing.assert_array_equal(cache.read(1, 29), codes_of(1, 29, 30)[0])
 
 
@@ -88,9 +89,9 @@ def test_filling_continues_where_it_stopped(tmp_path: Path) -> None:
     with create(tmp_path / "codes") as cache:
         assert list(cache.missing()) == [(0, 10, 20), (0, 25, 30), (1, 0, 30)]
     with pytest.raises(ValueError, match="incomplete, 15 of 60; mpm tokenize CONFIG continues"):
-        CodeCache.open(tmp_path / "codes", fingerprint=FINGERPRINT)
+        open_code_cache(tmp_path / "codes", fingerprint=FINGERPRINT)
     fill(create(tmp_path / "codes"))
-    cache = CodeCache.open(tmp_path / "codes", fingerprint=FINGERPRINT)
+    cache = open_code_cache(tmp_path / "codes", fingerprint=FINGERPRINT)
     np.testing.assert_array_equal(cache.read(0, 12), codes_of(0, 12, 13)[0])
     np.testing.assert_array_equal(cache.read(0, 22), codes_of(0, 22, 23)[0])
 
@@ -150,7 +151,7 @@ def test_marks_do_not_wait_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_creation_that_was_killed_is_repeated(tmp_path: Path, left: str) -> None:
     (tmp_path / "codes").write_bytes(b"" if left == "nothing" else bytes(20_000))
     fill(create(tmp_path / "codes"))
-    assert CodeCache.open(tmp_path / "codes", fingerprint=FINGERPRINT).is_complete
+    assert open_code_cache(tmp_path / "codes", fingerprint=FINGERPRINT).is_complete
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_creation_that_was_killed_is_repeated(tmp_path: Path, left: str) -> None
 )
 def test_codes_of_something_else_are_refused_by_name(tmp_path: Path, change: dict, message: str) -> None:
     fill(create(tmp_path / "codes"))
-    for attempt in (create, CodeCache.open):
+    for attempt in (create, open_code_cache):
         with pytest.raises(ValueError, match="was filled") as caught:
             attempt(tmp_path / "codes", fingerprint=FINGERPRINT | change)
         assert str(caught.value) == (
@@ -177,11 +178,11 @@ def test_codes_of_something_else_are_refused_by_name(tmp_path: Path, change: dic
 def test_a_tokenizer_that_was_moved_is_the_same(tmp_path: Path) -> None:
     fill(create(tmp_path / "codes"))
     moved = FINGERPRINT | {"tokenizer": {"sha256": "5f3a", "of": "runs/b"}}
-    assert CodeCache.open(tmp_path / "codes", fingerprint=moved).is_complete
+    assert open_code_cache(tmp_path / "codes", fingerprint=moved).is_complete
 
 
 def test_codes_lie_in_a_file_in_a_folder_that_is_there(tmp_path: Path) -> None:
-    for attempt in (create, CodeCache.open):
+    for attempt in (create, open_code_cache):
         with pytest.raises(ValueError, match=r"objective\.target\.cache .* is a folder; give a file, as .*/codes"):
             attempt(tmp_path, fingerprint=FINGERPRINT)
         with pytest.raises(FileNotFoundError, match=r"there is no folder .*/mistyped; make it first"):
@@ -198,10 +199,10 @@ def test_other_sizes_are_refused_by_name(tmp_path: Path) -> None:
 def test_missing_foreign_and_damaged_files(tmp_path: Path) -> None:
     path = tmp_path / "codes"
     with pytest.raises(FileNotFoundError, match=r"no cached codes at objective\.target\.cache .*codes; run mpm"):
-        CodeCache.open(path, fingerprint=FINGERPRINT)
+        open_code_cache(path, fingerprint=FINGERPRINT)
     for foreign in (b"seed: 0\n", b"\xff\xd8\xff" * 5000, b"mpm codes 1 00004096\n{]", b"mpm codes 1 x\n"):
         path.write_bytes(foreign)
-        for attempt in (create, CodeCache.open):
+        for attempt in (create, open_code_cache):
             with pytest.raises(ValueError, match="codes is no file of codes"):
                 attempt(path, fingerprint=FINGERPRINT)
         assert path.read_bytes() == foreign
@@ -209,7 +210,7 @@ def test_missing_foreign_and_damaged_files(tmp_path: Path) -> None:
     create(path).close()
     os.truncate(path, 5000)
     with pytest.raises(ValueError, match="damaged, it has 5000 bytes and not"):
-        CodeCache.open(path, fingerprint=FINGERPRINT)
+        open_code_cache(path, fingerprint=FINGERPRINT)
 
 
 def test_room_is_asked_for_before_anything_is_created(tmp_path: Path) -> None:
@@ -227,7 +228,7 @@ def test_images_that_could_not_be_read_have_no_codes(tmp_path: Path) -> None:
         readable[[4, 5]] = False
         cache.write(0, 0, codes_of(0, 0, 30), readable=readable)
         cache.write(1, 0, codes_of(1, 0, 30))
-    cache = CodeCache.open(tmp_path / "codes", fingerprint=FINGERPRINT)  # nothing more can be done
+    cache = open_code_cache(tmp_path / "codes", fingerprint=FINGERPRINT)  # nothing more can be done
     assert cache.progress == (58, 60)
     with pytest.raises(ValueError, match=r"no codes for image 4: it could not be read .* mpm tokenize"):
         cache.read(0, 4)
@@ -235,14 +236,14 @@ def test_images_that_could_not_be_read_have_no_codes(tmp_path: Path) -> None:
         assert list(cache.missing()) == [(0, 4, 6)]
 
 
-def _reader(connection, cache: CodeCache) -> None:
+def _reader(connection, cache: RowCache) -> None:
     connection.send((cache.read(1, 8).tolist(), len(pickle.dumps(cache))))
 
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_other_processes_read_it(tmp_path: Path, method: str) -> None:
     fill(create(tmp_path / "codes"))
-    cache = CodeCache.open(tmp_path / "codes", fingerprint=FINGERPRINT)
+    cache = open_code_cache(tmp_path / "codes", fingerprint=FINGERPRINT)
     cache.read(0, 0)
     context = multiprocessing.get_context(method)
     ours, theirs = context.Pipe()

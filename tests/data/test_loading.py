@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from mpm.data.codes import CodeCache
+from mpm.data.codes import create_code_cache, open_code_cache
 from mpm.data.loading import BatchLoader, PretrainBatch, ViewDataset, eval_loader, train_loader
+from mpm.data.rows import RowCache
 from mpm.data.stream import EpochStream
 from mpm.data.views import EvalView, PretrainView, TrainView
 from mpm.patchify.masks import RandomMask
@@ -20,10 +21,10 @@ TRAIN = TrainView((8, 8), rand_augment="rand-m9-mstd0.5-inc1")
 
 
 def loader(
-    source, view, *, workers=0, steps=(0, 6), batch_size=8, crops=None, codes=None, **options
+    source, view, *, workers=0, steps=(0, 6), batch_size=8, crops=None, cached=None, **options
 ) -> BatchLoader:
     stream = EpochStream(len(source), batch_size, seed=0, start_step=steps[0], stop_step=steps[1], **options)
-    return train_loader(ViewDataset(source, view, seed=5, crops=crops, codes=codes), stream, workers=workers)
+    return train_loader(ViewDataset(source, view, seed=5, crops=crops, cached=cached), stream, workers=workers)
 
 
 def by_image(batches, field: str) -> dict[int, np.ndarray]:
@@ -35,13 +36,13 @@ def by_image(batches, field: str) -> dict[int, np.ndarray]:
     }
 
 
-def cached_codes(path: Path, source, *, crops: int, num_patches: int = 16) -> CodeCache:
+def cached_codes(path: Path, source, *, crops: int, num_patches: int = 16) -> RowCache:
     sizes = {"crops": crops, "images": len(source), "num_patches": num_patches, "vocab_size": 65536}
     images = np.arange(len(source))[:, None] * num_patches + np.arange(num_patches)
-    with CodeCache.create_or_open(path, fingerprint={}, **sizes) as cache:
+    with create_code_cache(path, fingerprint={}, **sizes) as cache:
         for crop in range(crops):
             cache.write(crop, 0, images + 20_000 * crop)
-    return CodeCache.open(path, fingerprint={})
+    return open_code_cache(path, fingerprint={})
 
 
 def test_pretraining_batches_are_eight_bit_with_exact_masks(memory_images: Callable) -> None:
@@ -135,7 +136,7 @@ def test_cached_codes_are_those_of_the_crop(memory_images: Callable, tmp_path: P
     source = memory_images(16, (3, 12, 10))
     codes = cached_codes(tmp_path / "codes", source, crops=2)
     given = {"crops": 2, "steps": (0, 6), "workers": workers}
-    with_codes = list(loader(source, PRETRAIN, codes=codes, **given))
+    with_codes = list(loader(source, PRETRAIN, cached=codes, **given))
     for step, (batch, plain) in enumerate(zip(with_codes, loader(source, PRETRAIN, **given), strict=True)):
         assert batch.codes.dtype == torch.int64
         expected = batch.index[:, None] * 16 + torch.arange(16) + 20_000 * (step // 2 % 2)
@@ -151,21 +152,21 @@ def test_codes_of_another_number_of_crops_or_images_are_refused(
 ) -> None:
     codes = cached_codes(tmp_path / "codes", memory_images(16), crops=2)
     with pytest.raises(ValueError, match="2 crops of 16 images, not of 3 crops of 16"):
-        loader(memory_images(16), PRETRAIN, crops=3, codes=codes)
+        loader(memory_images(16), PRETRAIN, crops=3, cached=codes)
     with pytest.raises(ValueError, match="2 crops of 16 images, not of 2 crops of 20"):
-        loader(memory_images(20), PRETRAIN, crops=2, codes=codes)
+        loader(memory_images(20), PRETRAIN, crops=2, cached=codes)
 
 
 def test_missing_codes_are_told_in_one_line(memory_images: Callable, tmp_path: Path) -> None:
     source = memory_images(200)
     sizes = {"crops": 1, "images": 200, "num_patches": 16, "vocab_size": 9}
-    with CodeCache.create_or_open(tmp_path / "codes", fingerprint={}, **sizes) as cache:
+    with create_code_cache(tmp_path / "codes", fingerprint={}, **sizes) as cache:
         cache.write(0, 0, np.zeros((200, 16), int), readable=np.arange(200) != 7)
-    codes = CodeCache.open(tmp_path / "codes", fingerprint={})
+    codes = open_code_cache(tmp_path / "codes", fingerprint={})
     with pytest.raises(ValueError, match="no codes for image 7"):
-        list(loader(source, PRETRAIN, crops=1, codes=codes, steps=(0, 25)))
+        list(loader(source, PRETRAIN, crops=1, cached=codes, steps=(0, 25)))
     source.broken = {7}
-    assert len(list(loader(source, PRETRAIN, crops=1, codes=codes, steps=(0, 25)))) == 25
+    assert len(list(loader(source, PRETRAIN, crops=1, cached=codes, steps=(0, 25)))) == 25
 
 
 def test_whole_crops_have_no_mask(memory_images: Callable) -> None:

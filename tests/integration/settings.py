@@ -62,6 +62,13 @@ CLASS_PRETRAINING = [
     "backbone.drop_path=0.2",
 ]
 SCRATCH = ["init=null", "backbone={variant: debug, positions: {table: sincos}, initialization: mae}"]
+# a token for what a teacher says
+DISTILLED = [
+    "init=null",
+    "backbone={patch_size: 8, dim: 16, depth: 2, heads: 2, distillation_token: true}",
+    "readout={kind: token}",
+    "distillation={kind: hard, teacher: {kind: timm, model: test_resnet, random: true}}",
+]
 HMLP, CONV = "backbone.stem={kind: hmlp, norm: %s}", "backbone.stem={kind: conv, norm: %s}"
 SIMMIM = [
     "objective.predictor={kind: linear}",

@@ -25,6 +25,7 @@ from tests.integration.settings import (
     CLASS_PRETRAINING,
     CONFIGS,
     CONV,
+    DISTILLED,
     HMLP,
     QUICK,
     SCRATCH,
@@ -75,7 +76,7 @@ OF_A_PART = ("train/perplexity", "train/codes_used")
 # of a part, over a pretrained run with batch norm in its stem
 TUNING = [*STEADY, "mixup=null", "evaluate_every=3", "data.image_size=40", "readout.kind=token"]
 PARTS = {f"tuning of {part}": f"tune={part}" for part in ("attention", "norm", "head")}
-NAMES = (*PRETRAININGS, *CODES, *TARGETS, *PARTS, "kmeans", "fine-tuning")
+NAMES = (*PRETRAININGS, *CODES, *TARGETS, *PARTS, "kmeans", "fine-tuning", "distillation")
 # 65 test images and 61 for validation: neither two nor three processes divide them
 UNEVEN = [
     "head_norm=batch",
@@ -94,6 +95,8 @@ def train(name: str, folder: Path, *words: str, given: Path | None = None) -> No
         assert given is not None
         words = (f"init.checkpoint={given / 'pretrained'}", PARTS[name], *words)
         finetune(finetune_config(folder, *TUNING, *words))
+    elif name == "distillation":
+        finetune(finetune_config(folder, *FINETUNING, *DISTILLED, *words))
     elif name == "kmeans":
         pretrain(tokenizer_config(folder, "optim.steps=6", *words))
     elif name in CODES:

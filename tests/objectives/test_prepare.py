@@ -29,6 +29,7 @@ class Masked(NamedTuple):
 class Labelled(NamedTuple):
     images: Tensor
     labels: Tensor
+    teacher: Tensor | None = None
 
 
 def labelled(batch: int = 6) -> Labelled:
@@ -164,3 +165,36 @@ def test_a_binary_loss_sees_the_one_or_two_classes_of_a_mix_and_all_where_labels
         assert set(targets.gt(0).sum(1).tolist()) <= expected
     plain = prepare()(batch).targets  # without mixing the released code gives the loss whole numbers
     assert torch.equal(plain.gt(0), F.one_hot(batch.labels, CLASSES).bool())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mixing": Mixing()}, {"erasing": 1.0}, {"mixing": Mixing(switch=1.0), "erasing": 1.0}],
+    ids=["plain", "mixed", "erased", "both"],
+)
+def test_a_teacher_sees_the_networks_images_in_pixels(options) -> None:
+    """Whatever was done to them; of the erased, noise of the data's mean and deviation."""
+    seen: list[Tensor] = []
+
+    def teacher(images: Tensor) -> Tensor:
+        seen.append(images)
+        return images.flatten(1)[:, :CLASSES]
+
+    batch = labelled()
+    inputs = prepare(teacher=teacher, **options)(batch)
+    assert len(seen) == 1
+    torch.testing.assert_close(NORMALIZE(seen[0]), inputs.images)
+    assert torch.equal(inputs.teacher, teacher(seen[0]))
+    if not options:
+        torch.testing.assert_close(seen[0], batch.images / 255)
+    if "erasing" in options and "mixing" not in options:
+        erased = (seen[0] - batch.images / 255).abs().amax(1) > 1e-5  # [B,H,W]
+        noise = NORMALIZE(seen[0]).movedim(1, -1)[erased]
+        assert noise.mean().item() == pytest.approx(0, abs=0.2)
+        assert noise.std().item() == pytest.approx(1, abs=0.2)
+
+
+def test_a_teacher_is_not_asked_for_what_comes_with_the_batch() -> None:
+    answers = torch.randn(6, CLASSES)
+    inputs = prepare(teacher=lambda images: pytest.fail("asked"))(labelled()._replace(teacher=answers))
+    assert torch.equal(inputs.teacher, answers)

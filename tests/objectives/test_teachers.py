@@ -11,8 +11,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mpm.backbones.timm_classifier import TimmClassifier
 from mpm.objectives.hog import hog
-from mpm.objectives.teachers import HOGTeacher, NetworkTeacher, PixelTeacher
+from mpm.objectives.teachers import ClassTeacher, HOGTeacher, NetworkTeacher, PixelTeacher
 from mpm.patchify.pixels import Normalize
 from tests.networks import DIM, GRID, make_backbone, randomize
 
@@ -198,3 +199,40 @@ def test_gradients_are_told_patch_by_patch() -> None:
     assert features.shape == (2, 2, teacher.dim)
     cells = hog(images, cell=(4, 4))  # [B,27,2,4]
     torch.testing.assert_close(features[:, 1], cells[:, :, :, 2:].flatten(1), rtol=0, atol=0)
+
+
+def classifier() -> TimmClassifier:
+    network = ResNet(BasicBlock, (1, 1, 1, 1), channels=(4, 6, 8, 10), num_classes=7)
+    return TimmClassifier(randomize(network).train())
+
+
+def test_a_class_teacher_has_its_own_normalisation() -> None:
+    network, images = classifier(), images_of(32, 40)
+    teacher = ClassTeacher(network, normalize=NORMALIZE)
+    normalised = torch.stack([(images[:, c] - NORMALIZE.mean[c]) / NORMALIZE.std[c] for c in range(3)], dim=1)
+    torch.testing.assert_close(teacher(images), network.backbone(normalised), **CLOSE)
+    grey = images[:, :1]
+    torch.testing.assert_close(teacher(grey), teacher(grey.expand(-1, 3, -1, -1)), **CLOSE)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_class_teacher_has_its_own_resolution(interpolation: str) -> None:
+    network, images = classifier(), images_of(32, 40)
+    teacher = ClassTeacher(network, normalize=NORMALIZE, image_size=(64, 48), interpolation=interpolation)
+    larger = F.interpolate(images, (64, 48), mode=interpolation, antialias=True)
+    torch.testing.assert_close(teacher(images), network.backbone(NORMALIZE(larger)), rtol=0, atol=0)
+    asked = ClassTeacher(network, normalize=NORMALIZE)(larger)
+    torch.testing.assert_close(teacher(larger), asked, rtol=0, atol=0)  # has the size already
+
+
+def test_a_class_teacher_stays_as_it_is() -> None:
+    network = classifier()
+    teacher = ClassTeacher(network, normalize=NORMALIZE)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    logits = teacher(images_of(32, 32).requires_grad_())
+    assert not logits.requires_grad
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    holder = nn.Module()
+    holder.teacher = teacher
+    assert not holder.state_dict()  # whatever holds it: not saved, not averaged

@@ -1,15 +1,41 @@
-"""What a file of codes says of itself: a line of text, then JSON, and whether it is what a run needs."""
+"""What a file of rows says of itself: a line of text, then JSON, and whether it is what a run needs."""
 
 import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["BLOCK", "MAGIC", "check_same", "padded", "plain", "read_header", "size_of"]
+import numpy as np
 
-MAGIC = "mpm codes 1"
+__all__ = ["BLOCK", "Contents", "check_same", "padded", "plain", "read_header", "size_of"]
+
 BLOCK = 4096  # header and states end at multiples of it
+
+
+class Contents(NamedTuple):
+    """What the rows of a cache are, and how a user knows them.
+
+    Attributes:
+        magic: first words of a file.
+        dtype: of a number, in numpy's words.
+        width: what counts the numbers of a row.
+        noun: of them all: "codes".
+        key: the configuration's, that names the file.
+        command: that fills it.
+    """
+
+    magic: str
+    dtype: str
+    width: str
+    noun: str
+    key: str
+    command: str
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return np.dtype(self.dtype).itemsize
 
 
 def padded(size: int) -> int:
@@ -17,13 +43,13 @@ def padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def size_of(header: Mapping[str, Any], start: int) -> int:
+def size_of(header: Mapping[str, Any], start: int, contents: Contents) -> int:
     """Bytes of the whole file, whose header takes `start`."""
     rows = header["crops"] * header["images"]
-    return start + padded(rows) + 2 * rows * header["num_patches"]
+    return int(start + padded(rows) + contents.itemsize * rows * header[contents.width])
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
+def read_header(path: Path, contents: Contents) -> tuple[dict[str, Any], int]:
     """The header, and how many bytes it takes.
 
     Raises:
@@ -33,20 +59,22 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         *magic, start = file.readline(BLOCK).decode("ascii", errors="replace").split() or [""]
         header: Any = None
         with contextlib.suppress(ValueError):
-            if " ".join(magic) == MAGIC:
+            if " ".join(magic) == contents.magic:
                 file.seek(0)
                 header = json.loads(file.read(int(start)).split(b"\n", 1)[1])
     if header is None:
-        raise ValueError(f"{path} is no file of codes; give another objective.target.cache")
-    have, want = path.stat().st_size, size_of(header, int(start))
+        raise ValueError(f"{path} is no file of {contents.noun}; give another {contents.key}")
+    have, want = path.stat().st_size, size_of(header, int(start), contents)
     if have != want:
         raise ValueError(
-            f"{path} is damaged, it has {have} bytes and not {want}; remove it and run mpm tokenize CONFIG"
+            f"{path} is damaged, it has {have} bytes and not {want}; remove it and run {contents.command}"
         )
     return header, int(start)
 
 
-def check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_same(
+    path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], contents: Contents
+) -> None:
     """Compare headers, but for what is called `of`: where something lay, whose digest is compared.
 
     Raises:
@@ -56,8 +84,8 @@ def check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) 
     for key in [*want, *have]:
         if have.get(key) != want.get(key) and not key.endswith(".of"):
             raise ValueError(
-                f"objective.target.cache {path} was filled {_difference(key, have, want)}; give another file, "
-                "or remove this one, and run mpm tokenize CONFIG"
+                f"{contents.key} {path} was filled {_difference(key, have, want)}; give another file, "
+                "or remove this one, and run {contents.command}"
             )
 
 

@@ -1,0 +1,233 @@
+"""What a teacher is worth to small transformers, and through which token: a grid of whole small runs.
+
+    python -m benchmarks.distillation teachers --out FILE    # a convnet of timm for each data set and seed
+    python -m benchmarks.distillation rates --out FILE       # students' rates, on held-out training images
+    python -m benchmarks.distillation students --out FILE    # none, soft, hard, with a token; ViT and CaiT
+    python -m benchmarks.distillation students --out FILE --table    # what is finished
+
+A cell is one data set, architecture, method and seed. Teacher and student of a seed learn from the same
+labels, so that a teacher adds no label, only its own bias. Finished cells are passed over and stopped ones
+continue, so the same command goes on after any stop; students come after the teachers. Cells run on one
+thread each. Needs data/FashionMNIST (scripts/fetch_fashion_mnist.py) and data/clipart
+(scripts/shrink_images.py).
+"""
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.measuring import Results
+from benchmarks.runs import Job, known, run_grid, train
+
+
+class Data(NamedTuple):
+    """A data set: its views, and how long is trained."""
+
+    view: dict[str, Any]
+    train: dict[str, Any]
+    test: dict[str, Any]
+    patch_size: int
+    labels: int
+    steps: int
+    teacher_steps: int
+
+
+FASHION = {"kind": "torchvision", "name": "FashionMNIST", "root": "data"}
+DATA = {
+    "fashion_mnist": Data(
+        view={"image_size": 28, "channels": 1, "mean": [0.2860], "std": [0.3530]},
+        train=FASHION,
+        test=FASHION | {"split": "test"},
+        patch_size=7,
+        labels=5000,
+        steps=1500,
+        teacher_steps=1500,
+    ),
+    "clipart": Data(
+        view={"image_size": 64, "channels": 3, "mean": "measured", "std": "measured"},
+        train={"kind": "folder", "root": "data/clipart/train"},
+        test={"kind": "folder", "root": "data/clipart/test"},
+        patch_size=16,
+        labels=2000,
+        steps=1000,
+        teacher_steps=800,
+    ),
+}
+BATCH, SEARCH_SEED = 64, 100
+TEACHER, TEACHER_LR = "test_resnet", 4e-3  # 0.4 M parameters
+# found with `rates`
+RATES: dict[str, float] = {"vit": 2e-3, "cait": 2e-3}
+METHODS = ("none", "soft", "hard", "hard_token")
+# the last of each in metrics.jsonl
+KEPT = (
+    "train/loss",
+    "train/teacher_accuracy",
+    "train/teacher_agreement",
+    "train/images_per_s",
+    "val/model_top1",
+)
+
+
+class Cell(NamedTuple):
+    """One run of a grid, and what distinguishes it."""
+
+    grid: str
+    data: str
+    architecture: str
+    method: str
+    seed: int
+    lr: float
+
+    @property
+    def name(self) -> str:
+        """Unique, for folders and the file of results."""
+        return "_".join(str(part) for part in self)
+
+
+def student(architecture: str, patch_size: int, *, with_token: bool) -> dict[str, Any]:
+    """Backbone and readout, 64 wide: a ViT of four blocks, or a CaiT of four and one of class attention."""
+    sizes = {"patch_size": patch_size, "dim": 64, "depth": 4, "heads": 2}
+    if architecture == "vit":
+        return {"backbone": sizes | {"distillation_token": with_token}, "readout": {"kind": "token"}}
+    trunk = {"attention": "talking_heads", "layer_scale": 0.1, "class_token": False}
+    readout = {"kind": "class_attention", "depth": 1, "queries": 2 if with_token else 1}
+    return {"backbone": sizes | trunk, "readout": readout}
+
+
+def common(cell: Cell, steps: int) -> dict[str, Any]:
+    """What teacher and student share. A search looks at held-out training images, never at the test's."""
+    data = DATA[cell.data]
+    looked_at = {"val": {"fraction": 0.25}} if cell.grid == "rates" else {"test": data.test}
+    return {
+        "data": {
+            **data.view,
+            "train": data.train,
+            "crop_scale": [0.6, 1.0],
+            "test_crop": 1.0,
+            **looked_at,
+        },
+        "labels": {"count": data.labels, "seed": cell.seed},
+        "optim": {
+            "steps": steps,
+            "batch_size": BATCH,
+            "lr": cell.lr,
+            "warmup_steps": steps // 10,
+            "clip_norm": 3.0,
+        },
+        "evaluate_every": steps if cell.grid == "rates" else 100_000,
+    }
+
+
+def teacher_folder(runs: Path, data: str, seed: int) -> Path:
+    return runs / f"teacher_{data}_{seed}"
+
+
+def run_cell(cell: Cell, runs: Path) -> dict[str, Any]:
+    """Train a teacher or a student; the outcome."""
+    data = DATA[cell.data]
+    if cell.method == "teacher":
+        config = common(cell, data.teacher_steps) | {"network": {"model": TEACHER}}
+        return train("finetune", config, teacher_folder(runs, cell.data, cell.seed), cell.seed, metrics=KEPT)
+    kind, _, token = cell.method.partition("_")
+    config = common(cell, data.steps) | student(cell.architecture, data.patch_size, with_token=bool(token))
+    if kind != "none":
+        teacher = {
+            "kind": "checkpoint",
+            "checkpoint": str(teacher_folder(runs, cell.data, cell.seed)),
+        }
+        config["distillation"] = {"kind": kind, "through": token or "class", "teacher": teacher}
+    return train("finetune", config, runs / cell.name, cell.seed, metrics=KEPT)
+
+
+def grid_teachers(seeds: int) -> Iterator[Cell]:
+    for seed in range(seeds):
+        for data in DATA:
+            yield Cell("runs", data, TEACHER, "teacher", seed, TEACHER_LR)
+
+
+def grid_students(seeds: int) -> Iterator[Cell]:
+    for seed in range(seeds):
+        for method in METHODS:
+            for architecture, lr in RATES.items():
+                for data in DATA:
+                    yield Cell("runs", data, architecture, method, seed, lr)
+
+
+def grid_rates(seeds: int) -> Iterator[Cell]:
+    """Without a teacher, on a seed that is not reported and held-out training images."""
+    for data in DATA:
+        for architecture in RATES:
+            for lr in (1e-3, 2e-3, 4e-3):
+                yield Cell("rates", data, architecture, "none", SEARCH_SEED, lr)
+
+
+GRIDS = {"teachers": grid_teachers, "rates": grid_rates, "students": grid_students}
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Means and deviations over seeds, in percent, best first; cosines of the two tokens."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for record in records:
+        cell = record["cell"]
+        key = (cell["grid"], cell["data"], cell["architecture"], cell["method"])
+        if cell["grid"] == "rates":
+            key += (str(cell["lr"]),)
+        groups.setdefault(key, []).append(record["outcome"])
+    lines = []
+    for key, outcomes in sorted(groups.items(), key=lambda item: (item[0][:2], -mean(item[1]))):
+        line = f"{' '.join(key):<50} {spread([top1(o) for o in outcomes], 100)} ({len(outcomes)})"
+        heads = [outcome["heads"] for outcome in outcomes if "heads" in outcome]
+        for head in ("class", "distillation") if heads else ():
+            line += f"  {head} {spread([h['top1'][head] for h in heads], 100)}"
+        if heads:
+            cosines = {name: [h["cosine"][name] for h in heads] for name in heads[0]["cosine"]}
+            shown = ", ".join(f"{name} {spread(values)}" for name, values in cosines.items())
+            line += f"  cosine: {shown}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def top1(outcome: dict[str, Any]) -> float:
+    value = outcome["test"]["top1"] if "test" in outcome else outcome["val/model_top1"]
+    return float(value)
+
+
+def mean(outcomes: list[dict[str, Any]]) -> float:
+    return statistics.mean(map(top1, outcomes))
+
+
+def spread(values: list[float], unit: float = 1.0) -> str:
+    deviation = f"{unit * statistics.stdev(values):.2f}" if len(values) > 1 else "-"
+    return f"{unit * statistics.mean(values):.2f} +- {deviation}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Distillation on small networks.")
+    parser.add_argument("grid", choices=GRIDS)
+    parser.add_argument("--runs", type=Path, default=Path("runs/distillation"))
+    parser.add_argument("--out", type=Path, required=True, help="file of results, a JSON line a cell")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--parallel", type=int, default=2, help="cells at a time, one thread each")
+    parser.add_argument("--only", help="cells whose name holds this")
+    parser.add_argument("--table", action="store_true", help="say what is finished, run nothing")
+    options = parser.parse_args()
+    cells = [cell for cell in GRIDS[options.grid](options.seeds) if (options.only or "") in cell.name]
+    records = known(options.out)
+    if options.table:
+        names = {cell.name for cell in cells}
+        print(table([record for record in records if record["name"] in names]))
+        return
+    runs = options.runs.absolute()
+    jobs = [Job({"name": cell.name, "cell": cell._asdict()}, partial(run_cell, cell, runs)) for cell in cells]
+    results = Results("distillation", torch.device("cpu"), out=options.out, packages=["timm"])
+    finished = {record["name"] for record in records}
+    run_grid(jobs, results, finished=finished, parallel=options.parallel)
+
+
+if __name__ == "__main__":
+    main()
