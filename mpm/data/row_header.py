@@ -85,7 +85,7 @@ def check_same(
         if have.get(key) != want.get(key) and not key.endswith(".of"):
             raise ValueError(
                 f"{contents.key} {path} was filled {_difference(key, have, want)}; give another file, "
-                "or remove this one, and run {contents.command}"
+                f"or remove this one, and run {contents.command}"
             )
 
 

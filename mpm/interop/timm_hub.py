@@ -84,7 +84,8 @@ def create_timm(
     import timm
 
     try:
-        _check_reach(name)
+        if pretrained and "pretrained_cfg_overlay" not in arguments:  # which names a file of this disk
+            _check_reach(name)
         _check_config(name, check)
         with _plain_tensors_only():
             return timm.create_model(name, pretrained=pretrained, **arguments)

@@ -147,7 +147,7 @@ def test_a_mixed_label_is_the_share_of_its_pixels(mixing: Mixing, seed: int, smo
     prepare_six = PrepareLabelled(
         normalize=AsTheyAre(), num_classes=6, device=CPU, mixing=mixing, label_smoothing=smoothing
     )
-    images, targets = prepare_six(batch)
+    images, targets, _ = prepare_six(batch)
     for row in range(6):
         own, other = powers[row], powers[5 - row]
         share = ((images[row] - other) / (own - other)).mean()
