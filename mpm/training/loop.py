@@ -54,8 +54,8 @@ def train_steps(
     gradients: `after_step` is all that learns.
 
     Args:
-        objective: called as `objective(inputs, progress)`, gives `.loss` [], and dicts of detached [] tensors:
-            `.metrics` of the batch, `.settings` of the step; may be wrapped in DDP. `progress` [] is the
+        objective: called as `objective(inputs, progress)`, gives `.loss` [] and dicts of detached [] tensors,
+            `.metrics` of the batch and `.settings` of the step; may be wrapped in DDP. `progress` [] is the
             share of the run done, in [0, 1).
         batches: micro-batches with `.images` [B,...]; at least `accumulate * (stop - start)`.
         prepare: from a batch to the objective's inputs, on the device; run without gradients.
