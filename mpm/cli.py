@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def _complain(error: Exception, status: int) -> int:
 def _log_to_stderr() -> None:
     """Log what rank 0 says; the others only their warnings."""
     logging.captureWarnings(True)
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # a run's facts tell it
     logger = logging.getLogger("mpm")
     logger.setLevel(logging.INFO if is_first_process() else logging.WARNING)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)

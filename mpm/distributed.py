@@ -16,6 +16,8 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # its default arguments would keep a group that is there at import
 from torch import Tensor
 
+from mpm.launch import available_cores
+
 _groups = itertools.count()
 
 
@@ -38,7 +40,7 @@ def start(device: str = "auto", *, threads: int | None = None, timeout_s: float 
         )
     if device == "cpu" or not torch.cuda.is_available():
         chosen = torch.device("cpu")
-        threads = threads or threads_per_process(os.environ, _available_cores())
+        threads = threads or threads_per_process(os.environ, available_cores())
     else:
         gpus = torch.cuda.device_count()
         if local_rank() >= gpus:
@@ -100,12 +102,6 @@ def threads_per_process(environ: Mapping[str, str], cores: int) -> int | None:
     if processes == 1 or ("OMP_NUM_THREADS" in environ and not by_torchrun):
         return None
     return max(1, cores // processes)
-
-
-def _available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def rank() -> int:

@@ -181,10 +181,10 @@ def _finetune(
         step = report.step
         reporter.add(report)
         stopping = distributed.any_rank(stop.requested)
-        if stopping:  # before anything that takes long
-            save(step)
         if step % cadence.log_every == 0 or step == last:
             reporter.log(step)
+        if stopping:  # before an evaluation, which may take longer than whoever stops the run will wait
+            save(step)
         best = False
         is_time = step % evaluate_every == 0 or step == schedule.steps
         if data.val is not None and is_time:
@@ -201,7 +201,7 @@ def _finetune(
                 best = scores[weights].top1 > metadata["best_val"]
                 if best:
                     metadata |= {"best_val": scores[weights].top1, "best_step": step, "weights": weights}
-        if step % cadence.save_every == 0 or step == last or stopping or best:
+        if best or (not stopping and (step % cadence.save_every == 0 or step == last)):
             save(step, best=best)
         if stopping:
             log.info("stopped at step %d on request; the same command continues", step)

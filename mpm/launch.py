@@ -1,9 +1,12 @@
-"""What a process knows of the others before torch is loaded; `torchrun` tells it by the environment."""
+"""What a process knows of the machine and of the others before torch is loaded.
+
+`torchrun` tells it by the environment.
+"""
 
 import os
 import time
 
-__all__ = ["give_way", "is_first_process"]
+__all__ = ["available_cores", "cores_of_a_process", "give_way", "is_first_process"]
 
 _PATIENCE_S = 10.0
 
@@ -11,6 +14,18 @@ _PATIENCE_S = 10.0
 def is_first_process() -> bool:
     """Whether this is the process that talks."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def available_cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cores_of_a_process() -> int:
+    """This machine's cores, shared out to the processes of the run."""
+    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def give_way() -> None:

@@ -117,10 +117,10 @@ def _pretrain(
         step = report.step
         reporter.add(report)
         stopping = distributed.any_rank(stop.requested)
-        if stopping:  # before anything that takes long
-            save(step)
         if step % cadence.log_every == 0 or step == last:
             reporter.log(step)
+        if stopping:  # before a look, which may take longer than whoever stops the run will wait
+            save(step)
         if step % config.monitor.every == 0 or step == schedule.steps:
             reporter.check_finite(step)
             with reporter.paused():
@@ -131,11 +131,11 @@ def _pretrain(
                 if look.picture is not None:
                     reporter.image("reconstructions", look.picture, step)
                     write_picture(run.folder / "reconstructions.png", look.picture)
-        if step % cadence.save_every == 0 or step == last or stopping:
-            save(step)  # where stopping, once more: with the window of the log as it now is
         if stopping:
             log.info("stopped at step %d on request; the same command continues", step)
             break
+        if step % cadence.save_every == 0 or step == last:
+            save(step)
     reporter.close()
 
 

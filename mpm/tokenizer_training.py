@@ -27,6 +27,8 @@ from mpm.tokenization import digest
 
 __all__ = ["TokenizerTraining"]
 
+_MOST_CODES = 0.1  # of the patches; with more, a centroid is hardly more than some patch
+
 
 class TokenizerTraining:
     """Reads what the configuration names, and states all of it.
@@ -68,7 +70,8 @@ class TokenizerTraining:
         stride = config.stride
         assert stride is not None
         self.grid = data.image_size[0] // stride[0], data.image_size[1] // stride[1]
-        codes = objective.codes or build.default_codes(len(images), self.grid[0] * self.grid[1])
+        self._fitting_codes = build.default_codes(len(images), self.grid[0] * self.grid[1])
+        codes = objective.codes or self._fitting_codes
         self.config = config.model_copy(update={"objective": objective.model_copy(update={"codes": codes})})
         self.images = images
         self.identity: dict[str, str] = {}
@@ -100,10 +103,20 @@ class TokenizerTraining:
             view=build.pretrain_view(config),
             look=lambda: monitor.look(objective),
             macs=None,
-            facts={
-                "parameters": f"{trained:,}",
-                "codes": f"{config.objective.codes:,}, {self.grid[0]}x{self.grid[1]} for an image",
-            },
+            facts={"parameters": f"{trained:,}", "codes": self._codes_in_words()},
+        )
+
+    def _codes_in_words(self) -> str:
+        """How many codes and where, and whether that is many for the images."""
+        codes, (rows, columns) = self.config.objective.codes, self.grid
+        assert codes is not None
+        words = f"{codes:,}, {rows}x{columns} for an image"
+        patches = len(self.images) * rows * columns
+        if codes <= max(patches * _MOST_CODES, self._fitting_codes):
+            return words
+        return (
+            f"{words}; that is more than {_MOST_CODES:.0%} of the {patches:,} patches there are, "
+            f"objective.codes=null would take {self._fitting_codes}"
         )
 
     def _read_teacher(self) -> Any:

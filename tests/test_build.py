@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpm import build
+from mpm import build, launch
 from mpm.backbones.classifier import Classifier
 from mpm.config import Backbone as BackboneConfig
 from mpm.config import FinetuneConfig, PretrainConfig, TokenizerConfig
@@ -266,6 +266,19 @@ def test_no_number_is_left_unset(predictor: str, stem: str, initialization: str)
     for module in (objective, network):
         for name, tensor in module.state_dict().items():
             assert tensor.isfinite().all(), name
+
+
+@pytest.mark.parametrize(
+    ("workers", "told"), [(2, "2 loader(s) a process"), (3, "3 loader(s) on 2 core(s) a process")]
+)
+def test_facts_tell_loaders_that_have_no_core(
+    workers: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "available_cores", lambda: 2)
+    config = load(ROOT / "debug.yaml", [f"run.workers={workers}"], PretrainConfig).config
+    schedule = build.Schedule(config.optim, 256)
+    facts = build.facts(config, schedule, num_images=256, device=torch.device("cpu"), start=0)
+    assert facts["device"].endswith(f"thread(s) and {told}")
 
 
 def test_tokens_positions_and_vectors_do_not_decay() -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 
 import mpm
 from mpm import cli
@@ -372,6 +374,18 @@ def test_log_of_a_run_takes_what_is_no_utf8(tmp_path: Path) -> None:
     logging.getLogger("mpm").warning("%s", os.fsdecode(b"caf\xe9"))
     _stop_logging_to_files()
     assert (tmp_path / "log.txt").read_text().endswith(r" caf\udce9" + "\n")
+
+
+def test_loaders_that_have_no_core_are_not_told_in_torchs_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        DataLoader(range(4), num_workers=2)
+        assert len(told) == 1
+        monkeypatch.setattr(logging, "captureWarnings", lambda capture: None)
+        cli._log_to_stderr()
+        DataLoader(range(4), num_workers=2)
+    assert len(told) == 1
 
 
 def test_crash_of_ours_keeps_its_traceback(

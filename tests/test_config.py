@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mpm import launch
 from mpm.config import (
     Backbone,
     ConvStem,
@@ -84,6 +85,16 @@ def test_ratio_is_not_rounded_up_by_floating_point() -> None:
     assert (
         build(PRETRAIN, data__image_size=[16 * 5, 16], mask={"kind": "random", "ratio": 0.6}).num_masked == 3
     )
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(2, 1, 2), (16, 1, 8), (16, 4, 4), (2, 4, 1)])
+def test_there_are_no_more_loaders_than_cores_unless_they_are_asked_for(
+    cores: int, processes: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "available_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert build(PRETRAIN).run.workers == workers
+    assert build(PRETRAIN, run__workers=9).run.workers == 9
 
 
 def test_grid_of_an_oblong_image() -> None:

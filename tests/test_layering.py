@@ -12,10 +12,10 @@ PACKAGE = ROOT / "mpm"
 
 # What each part of mpm may import of the others. All may import `distributed`, and parts of themselves.
 ARROWS: dict[str, set[str]] = {
-    "distributed": set(),
     "launch": set(),
+    "distributed": {"launch"},
     "variants": set(),
-    "config": {"variants"},
+    "config": {"launch", "variants"},
     "configfile": {"config", "variants"},
     "checkpoint": set(),
     "training": set(),

@@ -7,6 +7,7 @@ from torch import nn
 
 from mpm import config as cfg
 from mpm import distributed
+from mpm.launch import cores_of_a_process
 from mpm.objectives.distillation import Distillation
 from mpm.objectives.supervised import Classification
 from mpm.training.optimizer import create_adamw, create_lamb, create_lars, create_sgd, parameter_groups
@@ -131,12 +132,15 @@ def facts(
 ) -> dict[str, str]:
     """What both scripts tell at the start."""
     optim, processes = config.optim, distributed.world_size()
+    loaders = f"{config.run.workers} loader(s)"
+    if config.run.workers > (cores := cores_of_a_process()):
+        loaders += f" on {cores} core(s)"
     return {
         "images": f"{num_images:,}",
         "steps": f"{schedule.steps:,}, {schedule.per_epoch:,} an epoch"
         + (f"; from {start:,}" if start else ""),
         "batch": f"{optim.batch_size} = {processes} process(es) x {accumulation(config)} micro-batch(es)",
         **({"peak rate": f"{optim.lr:g}"} if optim.lr else {}),
-        "device": f"{device}, {optim.dtype}, {torch.get_num_threads()} thread(s) a process",
+        "device": f"{device}, {optim.dtype}, {torch.get_num_threads()} thread(s) and {loaders} a process",
         "writes to": str(config.run.output_dir),
     }

@@ -1,12 +1,11 @@
 """The words of the `mpm` command line and their help; nothing here imports torch."""
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mpm.launch import give_way, is_first_process
+from mpm.launch import available_cores, give_way, is_first_process
 
 __all__ = ["FREE_TO_CHANGE", "parse"]
 
@@ -445,7 +444,7 @@ def _add_device(command: argparse.ArgumentParser) -> None:
 
 
 def _add_workers(command: argparse.ArgumentParser) -> None:
-    most = min(4, os.cpu_count() or 1)
+    most = min(4, available_cores())
     text = f"processes that read images (default {most})"
     command.add_argument("--workers", type=_natural, default=most, metavar="N", help=text)
 

@@ -6,6 +6,7 @@ from pydantic import Field, PlainSerializer, Strict, model_validator
 
 from mpm.config.data import Source
 from mpm.config.section import Count, Fraction, Location, NotNegative, Positive, Probability, Section, Seed
+from mpm.launch import cores_of_a_process
 
 __all__ = [
     "ConstantSchedule",
@@ -28,6 +29,10 @@ __all__ = [
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+def _loaders() -> int:
+    return min(8, cores_of_a_process())
+
+
 class Run(Section):
     """Where and how it runs: two runs are the same experiment where all but this is equal.
 
@@ -43,8 +48,8 @@ class Run(Section):
     """Auto: CUDA where there is one."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile of each block; auto: on CUDA."""
-    workers: Annotated[int, Field(ge=0)] = 8
-    """Loader processes per training process."""
+    workers: Annotated[int, Field(ge=0, default_factory=_loaders)]
+    """Loader processes per training process; by default 8, or one a core where there are fewer."""
     threads: Count | None = None
     """CPU threads per training process; null: the cores, shared out."""
     micro_batch: Count | None = None

@@ -62,10 +62,9 @@ class DVAETraining(nn.Module):
         metrics = {
             "reconstruction": reconstruction.detach(),
             "kl": kl.detach(),
-            "temperature": temperature,
             **code_metrics(logits.detach().argmax(1), tokenizer.vocab_size),
         }
-        return ObjectiveOutput(loss, metrics)
+        return ObjectiveOutput(loss, metrics, {"temperature": temperature})
 
     def after_step(self, step: int) -> None:
         """Nothing moves but by the optimizer."""

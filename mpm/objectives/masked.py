@@ -1,6 +1,7 @@
 """Masked-patch prediction: backbone x predictor x target x loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -18,11 +19,13 @@ class ObjectiveOutput(NamedTuple):
 
     Attributes:
         loss: scalar.
-        metrics: scalars, detached, on the device.
+        metrics: scalars, detached, on the device, whose means over steps are told.
+        settings: scalars that follow from the progress; those of a step are told, as its rate is.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
+    settings: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class MaskedInputs(NamedTuple):

@@ -3,8 +3,8 @@
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType, MappingProxyType
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -22,6 +22,7 @@ class StepReport(NamedTuple):
     metrics: dict[str, Tensor]  # [] each, means over the micro-batches
     wait_s: float  # waited for data
     images: int
+    settings: Mapping[str, Tensor] = MappingProxyType({})  # [] each, that the step was made with
 
 
 class Average(Protocol):
@@ -53,8 +54,9 @@ def train_steps(
     gradients: `after_step` is all that learns.
 
     Args:
-        objective: called as `objective(inputs, progress)`, gives `.loss` [] and `.metrics`, a dict of
-            detached [] tensors; may be wrapped in DDP. `progress` [] is the share of the run done, in [0, 1).
+        objective: called as `objective(inputs, progress)`, gives `.loss` [] and dicts of detached [] tensors,
+            `.metrics` of the batch and `.settings` of the step; may be wrapped in DDP. `progress` [] is the
+            share of the run done, in [0, 1).
         batches: micro-batches with `.images` [B,...]; at least `accumulate * (stop - start)`.
         prepare: from a batch to the objective's inputs, on the device; run without gradients.
         optimizer: its groups have `lr_scale` (`parameter_groups`); None: of an objective that learns
@@ -110,7 +112,8 @@ def train_steps(
         if ema is not None:
             ema.update(module)
         means = {name: torch.stack(values).mean() for name, values in metrics.items()}
-        yield StepReport(step + 1, lr, torch.stack(losses).mean(), grad_norm, means, wait_s, images)
+        loss = torch.stack(losses).mean()
+        yield StepReport(step + 1, lr, loss, grad_norm, means, wait_s, images, output.settings)
 
 
 def _gradient_norm(parameters: list[Tensor], clip_norm: float | None) -> Tensor:

@@ -59,6 +59,7 @@ class Reporter:
         self._start_step = 0
         self._sums: dict[str, Tensor] = {}
         self._lr = 0.0
+        self._settings: Mapping[str, Tensor] = {}
         self._begin_window()
 
     def resume(self, step: int) -> None:
@@ -85,12 +86,12 @@ class Reporter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._steps += 1
         self._wait_s += report.wait_s
-        self._lr = report.lr
+        self._lr, self._settings = report.lr, report.settings
         if distributed.is_main():
             self._bar.update(report.step - self._bar.n)
 
     def log(self, step: int) -> None:
-        """Writes the means of the window that ends with `step`, and begins the next.
+        """Writes the means of the window that ends with `step`, its rate and settings; begins the next.
 
         Raises:
             FloatingPointError: on every process, if the mean loss is not finite on any.
@@ -103,6 +104,7 @@ class Reporter:
             "lr": self._lr,
             **({"grad_norm": means.pop("grad_norm")} if "grad_norm" in means else {}),
             **means,
+            **{name: value.item() for name, value in self._settings.items()},
             "images_per_s": self._steps * self.global_batch / seconds,
             "data_wait": slowest[0].item(),
             "memory_gib": slowest[1].item(),

@@ -7,15 +7,17 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from PIL import Image
 
+from mpm import checkpoint
 from mpm.data.datasets import SyntheticImages
 from mpm.finetuning import finetune
 from mpm.pretraining import pretrain
-from mpm.training.loop import StopRequest
+from mpm.training.loop import StepReport, StopRequest
+from mpm.training.reporting import Reporter
 from tests.integration.runs import (
     Launched,
     assert_identical,
@@ -170,6 +172,31 @@ def test_training_processes_save_and_exit_with_0_where_torchrun_is_told_to_stop(
         run.wait(GRACE_S)
     assert [(notes / f"status.{rank}").read_text() for rank in range(2)] == ["0", "0"]
     assert saved_step(folder) >= 2 * SAVE_EVERY
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", pytest.param("finetune.py", marks=pytest.mark.slow)])
+def test_a_step_is_saved_once_where_a_run_is_stopped(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, save, saved = Reporter.add, checkpoint.save, []
+
+    def add_and_stop(self: Reporter, report: StepReport) -> None:
+        add(self, report)
+        if report.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def save_and_note(*words: Any, step: int, **more: Any) -> Path:
+        saved.append(step)
+        return save(*words, step=step, **more)
+
+    monkeypatch.setattr(Reporter, "add", add_and_stop)
+    monkeypatch.setattr(checkpoint, "save", save_and_note)
+    every_step = ["run.save_every=1", "optim.steps=4", "optim.warmup_steps=0", "optim.batch_size=8"]
+    if script == "pretrain.py":
+        pretrain(pretrain_config(tmp_path, *every_step, "data.count=16", "monitor.every=2"))
+    else:
+        finetune(finetune_config(tmp_path, *SCRATCH, *every_step, "data.test=null"))
+    assert saved == [1, 2]
 
 
 @pytest.mark.slow

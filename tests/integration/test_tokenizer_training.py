@@ -162,6 +162,28 @@ def test_run_is_not_continued_with_another_teacher(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path / "run").step == 4
 
 
+# Codes
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["data.count=20", "objective.codes=128"], "128, 8x8 for an image"),
+        (
+            ["data.count=20", "objective.codes=129"],
+            "129, 8x8 for an image; that is more than 10% of the 1,280 patches there are, "
+            "objective.codes=null would take 32",
+        ),
+        (["data.count=1", "objective.codes=null"], "32, 8x8 for an image"),
+    ],
+)
+def test_more_codes_than_the_images_can_tell_apart_are_told(
+    words: list[str], told: str, tmp_path: Path
+) -> None:
+    training = TokenizerTraining(tokenizer_config(tmp_path, *words))
+    assert training.create(torch.device("cpu"), is_new=True).facts["codes"] == told
+
+
 # Features
 
 

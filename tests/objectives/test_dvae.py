@@ -128,7 +128,7 @@ def test_the_loss_is_that_of_plain_arithmetic_with_the_same_noise(loss: str, str
     assert output.metrics["reconstruction"].item() == pytest.approx(per_pixel.mean(), **single)
     assert output.metrics["kl"].item() == pytest.approx(kl, rel=1e-4)
     assert output.loss.item() == pytest.approx(per_pixel.mean() + 0.1 * kl, **single)
-    assert output.metrics["temperature"].item() == pytest.approx(0.7)
+    assert output.settings["temperature"].item() == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize("straight_through", [False, True])
@@ -177,9 +177,9 @@ def test_the_schedules_follow_the_progress() -> None:
     )
     inputs = TokenizerInputs(torch.rand(1, 3, 8, 8), None)
     start, later = training(inputs, PROGRESS), training(inputs, torch.tensor(0.5))
-    assert start.metrics["temperature"].item() == pytest.approx(1.0)
+    assert start.settings["temperature"].item() == pytest.approx(1.0)
     assert start.loss.item() == pytest.approx(start.metrics["reconstruction"].item())
-    assert later.metrics["temperature"].item() == pytest.approx(0.1)
+    assert later.settings["temperature"].item() == pytest.approx(0.1)
     torch.testing.assert_close(later.loss, later.metrics["reconstruction"] + later.metrics["kl"])
 
 

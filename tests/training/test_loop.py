@@ -24,6 +24,7 @@ class Batch(NamedTuple):
 class Output(NamedTuple):
     loss: Tensor
     metrics: dict[str, Tensor]
+    settings: dict[str, Tensor]
 
 
 class Regression(nn.Module):
@@ -39,7 +40,7 @@ class Regression(nn.Module):
         predictions = self.layers(inputs)
         self.calls.append((float(progress), predictions.dtype))
         errors = (predictions.float().squeeze(1) - inputs.mean(1)).square()
-        return Output(errors.mean(), {"error": errors.detach().sqrt().mean()})
+        return Output(errors.mean(), {"error": errors.detach().sqrt().mean()}, {})
 
     def after_step(self, step: int) -> None:
         self.finished.append(step)
@@ -224,7 +225,7 @@ class Follower(nn.Module):
         outputs = self.frozen(inputs)
         assert not outputs.requires_grad
         self.seen.append(inputs.mean(0))
-        return Output((inputs - self.mean).square().mean(), {"progress": progress})
+        return Output((inputs - self.mean).square().mean(), {}, {"progress": progress})
 
     def after_step(self, step: int) -> None:
         self.mean.lerp_(torch.stack(self.seen).mean(0), 0.5)
@@ -254,7 +255,7 @@ def test_without_an_optimizer_only_the_objective_itself_learns() -> None:
         torch.testing.assert_close(module.mean, expected, rtol=1e-5, atol=1e-6)
         assert report.grad_norm is None
         assert report.lr == pytest.approx(0.1 * (report.step - 1))
-        assert float(report.metrics["progress"]) == pytest.approx((report.step - 1) / 3)
+        assert float(report.settings["progress"]) == pytest.approx((report.step - 1) / 3)
         assert (report.images, module.finished[-1]) == (8, report.step)
     assert module.frozen.weight.equal(weight)
     assert module.frozen.weight.grad is None
@@ -264,7 +265,7 @@ def test_without_an_optimizer_only_the_objective_itself_learns() -> None:
 class Mean(Regression):
     def forward(self, inputs: Tensor, progress: Tensor) -> Output:
         loss = self.layers(inputs).float().mean() * progress
-        return Output(loss, {"mean": loss.detach()})
+        return Output(loss, {"mean": loss.detach()}, {})
 
 
 @pytest.mark.gpu

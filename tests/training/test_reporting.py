@@ -30,6 +30,7 @@ def report_at(step: int, loss: float | None = None) -> StepReport:
         metrics={"accuracy": values[2]},
         wait_s=0.0,
         images=8,
+        settings={"temperature": torch.tensor(1 / step)},
     )
 
 
@@ -57,9 +58,10 @@ def test_the_mean_over_the_window_is_written(tmp_path: Path) -> None:
     assert (first["step"], second["step"]) == (4, 8)
     expected = torch.stack([report_at(step).loss for step in range(5, 9)]).mean().item()
     assert second["train/loss"] == pytest.approx(expected, rel=1e-6)
-    assert second["train/lr"] == 8e-3
+    assert (second["train/lr"], second["train/temperature"]) == (8e-3, 1 / 8)
     assert second["train/mfu"] == pytest.approx(second["train/images_per_s"] * 10.0 / 1e6)
-    names = ["loss", "lr", "grad_norm", "accuracy", "images_per_s", "data_wait", "memory_gib", "mfu"]
+    names = ["loss", "lr", "grad_norm", "accuracy", "temperature"]
+    names += ["images_per_s", "data_wait", "memory_gib", "mfu"]
     assert list(second) == ["step", *(f"train/{name}" for name in names)]
     assert [(s, pytest.approx(v)) for s, v in events_of(tmp_path, "train/loss")] == [
         (line["step"], line["train/loss"]) for line in (first, second)
@@ -135,7 +137,7 @@ def test_steps_without_a_gradient_are_reported_without_its_norm(tmp_path: Path) 
         reporter.log(5)
     reporter.close()
     (line,) = lines_of(tmp_path)
-    names = ["loss", "lr", "accuracy", "images_per_s", "data_wait", "memory_gib"]
+    names = ["loss", "lr", "accuracy", "temperature", "images_per_s", "data_wait", "memory_gib"]
     assert list(line) == ["step", *(f"train/{name}" for name in names)]
 
 
