@@ -166,10 +166,7 @@ STOPPED = [  # how a run stops and is spread is no matter of its method: the oth
 
 @pytest.mark.parametrize(
     ("method", "number", "processes"),
-    [
-        pytest.param(*run, marks=pytest.mark.slow if run[2] == 1 else pytest.mark.torchrun)
-        for run in STOPPED
-    ],
+    [pytest.param(*run, marks=pytest.mark.slow if run[2] == 1 else pytest.mark.torchrun) for run in STOPPED],
     ids=[f"{method}-{number.name}-{processes}" for method, number, processes in STOPPED],
 )
 def test_a_stopped_run_ends_as_an_uninterrupted_one(
