@@ -43,13 +43,13 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from benchmarks.measuring import Comparison, Results, interleaved, significant
-from mpm.build import IMAGENET
 from mpm.data.datasets import FolderImages, ImageSource
 from mpm.data.images import read_image
 from mpm.data.loading import ViewDataset, train_loader
 from mpm.data.stream import EpochStream
 from mpm.data.views import PretrainView, resize
 from mpm.patchify.masks import RandomMask
+from mpm.patchify.pixels import IMAGENET
 
 SIDE, SCALE = 224, (0.2, 1.0)
 JPEG_SIZE = (500, 375)

@@ -128,9 +128,9 @@ def mpm_objective(config: Any, device: torch.device) -> tuple[Any, Any]:
     """What is trained, and what prepares its inputs."""
     from mpm import build
     from mpm.objectives.prepare import PrepareMasked
-    from mpm.patchify.pixels import Normalize
+    from mpm.patchify.pixels import IMAGENET, Normalize
 
-    normalize = Normalize(*build.IMAGENET).to(device)
+    normalize = Normalize(*IMAGENET).to(device)
     target = build.target(config, normalize)
     prepare = PrepareMasked(target, normalize=normalize, num_masked=NUM_MASKED, device=device)
     return build.objective(config, target.out_dim).to(device), prepare

@@ -28,7 +28,7 @@ from mpm.network import read_trunk
 from mpm.objectives.distillation import Distillation
 from mpm.objectives.supervised import Classification
 from mpm.patchify.norms import recalibrate
-from mpm.patchify.pixels import Normalize, to_unit
+from mpm.patchify.pixels import Moments, Normalize, to_unit
 from mpm.run import Run, compile_blocks, log_facts, parallel, seed_everything, started, write_picture
 from mpm.training.ceiling import matmul_flops_per_s
 from mpm.training.ema import create_ema
@@ -321,6 +321,6 @@ def _test(
     log.info("test images, step %d, %s weights:\n%s", chosen.step, weights, score.table(data.classes))
 
 
-def _moments(config: FinetuneConfig, images: ImageSource) -> build.Moments:
+def _moments(config: FinetuneConfig, images: ImageSource) -> Moments:
     assert config.data.mean is not None and config.data.std is not None
     return build.statistics(config.data.mean, config.data.std, images)

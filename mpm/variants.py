@@ -99,6 +99,7 @@ class Variant(NamedTuple):
         initialization: how pretraining starts, see `mpm.backbones.initialization`.
         classifier_initialization: how a classifier starts.
         head_std: deviation of the classifier's first head.
+        predictor: `kind` and options of what predicts in pretraining.
     """
 
     architecture: Architecture
@@ -110,6 +111,7 @@ class Variant(NamedTuple):
     initialization: str = "vit"
     classifier_initialization: str = "vit"
     head_std: float = 0.02
+    predictor: Mapping[str, Any] = MappingProxyType({"kind": "linear"})
 
 
 _SIZES = {
@@ -121,6 +123,7 @@ _SIZES = {
     "h": Architecture((14, 14), dim=1280, depth=32, heads=16),
 }
 _MEAN: Mapping[str, Any] = MappingProxyType({"kind": "mean"})
+_MAE_DECODER: Mapping[str, Any] = MappingProxyType({"kind": "decoder", "dim": 512, "depth": 8, "heads": 16})
 
 
 def _vits() -> dict[str, Variant]:
@@ -198,12 +201,16 @@ def _masked() -> dict[str, Variant]:
                 qkv_bias="query_value", layer_scale=scale, drop_path=0.1, positions=SHARED_BIAS
             )
             published = image_sizes if family == "beit" else (224,)
-            networks = ("classifier", "pretraining") if family == "beit" else ("classifier",)
-            start = ("beit", "beit_finetuning", 2e-5)
-            named[f"{family}_{size}"] = Variant(trunk, paper, "beit", published, _MEAN, networks, *start)
+            networks, start = ("classifier", "pretraining"), ("beit", "beit_finetuning", 2e-5)
+            pretrained = Variant(trunk, paper, "beit", published, _MEAN, networks, *start)
+            if family == "beitv2":
+                early = {"kind": "class_pretraining", "early_layer": trunk.depth - 3, "depth": 2}
+                pretrained = pretrained._replace(predictor=MappingProxyType(early))
+            named[f"{family}_{size}"] = pretrained
     for size in ("b", "l", "h"):
         trunk = _SIZES[size]._replace(positions=SINCOS)
-        named[f"mae_{size}"] = Variant(trunk, "MAE", "mae", (224,), _MEAN, both, "mae", "vit", 2e-5)
+        start = ("mae", "vit", 2e-5)
+        named[f"mae_{size}"] = Variant(trunk, "MAE", "mae", (224,), _MEAN, both, *start, _MAE_DECODER)
     # SimMIM's ViT is BEiT's code; how its classifier's head starts is not in the sources above
     trunk, starts = named["beit_b"].architecture, ("beit", "beit_finetuning")
     named["simmim_b"] = Variant(trunk, "SimMIM", "simmim", (224,), _MEAN, both, *starts)

@@ -24,7 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "data": {"patchify.masks"},
     "backbones": {"patchify", "variants"},
     "tokenizers": {"patchify", "backbones"},
-    "objectives": {"patchify", "backbones", "tokenizers"},
+    "objectives": {"variants", "patchify", "backbones", "tokenizers"},
     "interop": {"variants", "patchify", "backbones", "tokenizers", "objectives"},
 }
 SEE_EVERYTHING = {

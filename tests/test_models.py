@@ -58,6 +58,8 @@ MASKED = {
     ("beit_l", "classifier", 512): 305_674_728,
     ("beit_b", "pretraining", 224): 91_965_776,
     ("beit_l", "pretraining", 224): 311_534_016,
+    ("beitv2_b", "pretraining", 224): 106_143_056,  # with the two blocks of class pretraining
+    ("beitv2_l", "pretraining", 224): 336_728_512,
     ("mae_b", "encoder", 224): 85_798_656,
     ("mae_l", "encoder", 224): 303_301_632,
     ("mae_h", "encoder", 224): 630_764_800,
@@ -110,10 +112,14 @@ def test_parameters_of_masked_models(name: str) -> None:
 
 
 def test_gmacs_of_pretraining_are_the_published_networks() -> None:
-    """Encoder of the visible quarter and decoder (MAE); all tokens and the head on 75 of them (BEiT)."""
+    """Encoder of the visible quarter and decoder (MAE); all tokens and the head on 75 of them (BEiT).
+
+    BEiT v2: 2 blocks more than 12, and the head once more.
+    """
     found = {row.name: row.gmacs for row in rows("*_b") if row.network == "pretraining"}
     assert found["mae_b"] == pytest.approx(4.41 + 5.37, rel=0.005)
     assert found["beit_b"] == pytest.approx(17.56 + 0.47, rel=0.005)
+    assert found["beitv2_b"] == pytest.approx(17.56 * 14 / 12 + 2 * 0.47, rel=0.005)
 
 
 def test_table_is_aligned_and_json_is_the_same(capsys: pytest.CaptureFixture[str]) -> None:

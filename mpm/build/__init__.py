@@ -4,7 +4,6 @@ Everything here calls the constructors that users call.
 """
 
 from mpm.build.data import (
-    Moments,
     mask_sampler,
     pretrain_view,
     source,
@@ -19,7 +18,6 @@ from mpm.build.tokenizers import default_codes, tokenizer, tokenizer_objective
 from mpm.build.training import Schedule, accumulation, dtype, facts, optimizer, parameters
 
 __all__ = [
-    "Moments",
     "Schedule",
     "accumulation",
     "backbone",

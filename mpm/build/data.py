@@ -13,11 +13,8 @@ from mpm.data.statistics import channel_statistics
 from mpm.data.stream import EpochStream
 from mpm.data.views import PretrainView, TrainView
 from mpm.patchify.masks import BlockMask, MaskSampler, RandomMask
+from mpm.patchify.pixels import IMAGENET, INCEPTION, Moments
 from mpm.tokenizers.base import Tokenizer
-
-Moments = tuple[tuple[float, ...], tuple[float, ...]]
-IMAGENET: Moments = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-INCEPTION: Moments = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
 def source(
@@ -52,9 +49,7 @@ def source(
             assert_never(config)
 
 
-def statistics(
-    mean: cfg.Statistics, std: cfg.Statistics, images: ImageSource | None = None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def statistics(mean: cfg.Statistics, std: cfg.Statistics, images: ImageSource | None = None) -> Moments:
     """Channel means and deviations as numbers; for `measured` ones the main process looks at the images."""
     named = {"imagenet": IMAGENET, "inception": INCEPTION}
     if "measured" in (mean, std):

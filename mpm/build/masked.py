@@ -8,13 +8,13 @@ from torch import nn
 
 from mpm import config as cfg
 from mpm.backbones.backbone import Backbone
-from mpm.backbones.create import create_backbone, create_blocks
+from mpm.backbones.create import create_backbone
 from mpm.backbones.initialization import initialize
 from mpm.objectives.hog import HOGTarget
 from mpm.objectives.latent import LatentPrediction
 from mpm.objectives.losses import patch_loss
 from mpm.objectives.masked import MaskedPrediction
-from mpm.objectives.predictors import ClassPretrainingPredictor, DecoderPredictor, LinearPredictor, Predictor
+from mpm.objectives.predictors import Predictor, create_predictor
 from mpm.objectives.targets import CodeTarget, PixelTarget, Target
 from mpm.patchify.pixels import Normalize
 from mpm.tokenizers.base import Tokenizer
@@ -48,19 +48,10 @@ def code_target(
     return CodeTarget(tokenizer, patch_size=patch_size, dtype=dtype, draw=use.draw)
 
 
-def predictor(config: cfg.PretrainConfig, *, dim: int, out_dim: int) -> Predictor:
+def predictor(config: cfg.PretrainConfig, *, out_dim: int) -> Predictor:
     """Encoder output to predictions; parameters are not initialised."""
-    match config.objective.predictor:
-        case cfg.LinearPredictor():
-            return LinearPredictor(dim, out_dim)
-        case cfg.ClassPretrainingPredictor(early_layer=early_layer, depth=depth):
-            architecture = config.backbone.resolved()
-            rates = [*architecture.drop_path_rates][early_layer:][:depth]  # they continue the early layer
-            rates += [architecture.drop_path_rates[-1]] * (depth - len(rates))
-            blocks = create_blocks(architecture, drop_path_rates=rates)
-            return ClassPretrainingPredictor(dim, out_dim, blocks=blocks, early_layer=early_layer)
-        case cfg.DecoderPredictor(dim=width, depth=depth, heads=heads):
-            return DecoderPredictor(dim, out_dim, grid=config.grid, width=width, depth=depth, num_heads=heads)
+    stated = config.objective.predictor.model_dump()
+    return create_predictor(config.backbone.resolved(), out_dim=out_dim, grid=config.grid, **stated)
 
 
 def objective(config: cfg.PretrainConfig, out_dim: int | None) -> MaskedPrediction | LatentPrediction:
@@ -71,7 +62,7 @@ def objective(config: cfg.PretrainConfig, out_dim: int | None) -> MaskedPredicti
         out_dim: width of a prediction; None: the backbone's, as latent targets have it.
     """
     trunk = backbone(config.backbone, image_size=config.data.image_size, channels=config.data.channels)
-    head = predictor(config, dim=trunk.dim, out_dim=out_dim or trunk.dim)
+    head = predictor(config, out_dim=out_dim or trunk.dim)
     loss = config.objective.in_full().loss
     start = config.backbone.in_full(classifier=False).initialization
     assert start is not None

@@ -17,7 +17,13 @@ from mpm.backbones.create import create_backbone, create_readout, variants
 from mpm.config import Backbone as BackboneConfig
 from mpm.interop.official import to_official
 from mpm.objectives.masked import MaskedPrediction
-from mpm.objectives.predictors import DecoderPredictor, LinearPredictor, Predictor
+from mpm.objectives.predictors import (
+    ClassPretrainingPredictor,
+    DecoderPredictor,
+    LinearPredictor,
+    Predictor,
+    create_predictor,
+)
 from mpm.variants import BLOCKS_PATTERN, Architecture, Variant, variant
 
 __all__ = ["Row", "rows", "table"]
@@ -113,7 +119,7 @@ def _row(name: str, published: Variant, network: str, side: int, words: Sequence
         "backbone": trunk._asdict(),
         "readout": None,
         "num_classes": None,
-        "predictor": None,
+        "predictor": dict(published.predictor) if network == "pretraining" else None,
     }
     with torch.device("meta"):
         backbone = create_backbone(trunk, image_size=image_size, channels=_CHANNELS).eval()
@@ -129,7 +135,7 @@ def _row(name: str, published: Variant, network: str, side: int, words: Sequence
                 if published.layout == "simmim":  # whose encoder holds the mask token
                     state["predictor.encoder_mask_token"] = torch.empty(trunk.dim)
             case _:
-                predictor, facts["predictor"], macs = _pretraining(published, trunk, backbone)
+                predictor, macs = _pretraining(published, trunk, backbone)
                 state = MaskedPrediction(backbone, predictor, loss=torch.sub).state_dict()
         layout, parameters = _parameters(state, facts)
     return Row(name, network, side, trunk.patch_size[0], parameters, macs / 1e9, published.paper, layout)
@@ -140,29 +146,29 @@ def _as_predictor(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"predictor.{name}" if name.startswith("norm") else name: t for name, t in state.items()}
 
 
-def _pretraining(
-    published: Variant, trunk: Architecture, backbone: Backbone
-) -> tuple[Predictor, dict[str, Any], int]:
-    """Predictor, its configuration, and the cost of a masked pass.
+def _pretraining(published: Variant, trunk: Architecture, backbone: Backbone) -> tuple[Predictor, int]:
+    """Predictor, and the cost of a masked pass.
 
     As the published code computes: a stem that sees all patches, and every token through every block. Ours
     is a little cheaper.
     """
-    N = backbone.grid[0] * backbone.grid[1]
-    pixels = trunk.patch_size[0] * trunk.patch_size[1] * _CHANNELS
-    match published.layout:
-        case "mae":
-            visible = trunk.num_prefix + N // 4
-            decoder = DecoderPredictor(trunk.dim, pixels, grid=backbone.grid)
+    N, R = backbone.grid[0] * backbone.grid[1], trunk.num_prefix
+    out_dim, masked = trunk.patch_size[0] * trunk.patch_size[1] * _CHANNELS, 120  # 30 of 49 units of 2 x 2
+    if published.layout == "beit":
+        out_dim, masked = _CODES, 75
+    predictor = create_predictor(trunk, out_dim=out_dim, grid=backbone.grid, **published.predictor)
+    macs = backbone_macs(backbone)
+    match predictor:
+        case LinearPredictor():
+            macs += linear_macs(predictor.head, masked)
+        case ClassPretrainingPredictor():
+            macs += blocks_macs(list(predictor.blocks), R + N) + linear_macs(predictor.head, 2 * masked)
+        case DecoderPredictor():
+            visible = R + N // 4
             macs = stem_macs(backbone.stem, N) + blocks_macs(list(backbone.blocks), visible)
-            macs += linear_macs(decoder.embed, visible) + linear_macs(decoder.head, trunk.num_prefix + N)
-            macs += blocks_macs(list(decoder.blocks), trunk.num_prefix + N)
-            return decoder, {"kind": "decoder", "dim": 512, "depth": 8, "heads": 16}, macs
-        case "beit":
-            linear, masked = LinearPredictor(trunk.dim, _CODES), 75
-        case _:
-            linear, masked = LinearPredictor(trunk.dim, pixels), 120  # 30 of 49 units of 2 x 2
-    return linear, {"kind": "linear"}, backbone_macs(backbone) + linear_macs(linear.head, masked)
+            macs += linear_macs(predictor.embed, visible) + linear_macs(predictor.head, R + N)
+            macs += blocks_macs(list(predictor.blocks), R + N)
+    return predictor, macs
 
 
 def _parameters(state: dict[str, Tensor], facts: dict[str, Any]) -> tuple[str, int]:

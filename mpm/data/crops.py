@@ -28,5 +28,7 @@ class SimpleCrop:
             have = covering.shape[axis]
             first = int((have + 2 * self._padding - want + 1) * rng.random()) - self._padding
             places = torch.arange(first, first + want).abs()  # reflected at the first pixel, then at the last
-            covering = covering.index_select(axis, torch.where(places < have, places, 2 * (have - 1) - places))
+            covering = covering.index_select(
+                axis, torch.where(places < have, places, 2 * (have - 1) - places)
+            )
         return covering

@@ -25,9 +25,7 @@ class INaturalistImages:
         ValueError: if the file is missing, or is no annotations file.
     """
 
-    def __init__(
-        self, root: str | os.PathLike[str], *, annotations: str | os.PathLike[str], channels: int
-    ):
+    def __init__(self, root: str | os.PathLike[str], *, annotations: str | os.PathLike[str], channels: int):
         self.root = Path(root)
         self.channels = channels
         file = self.root / annotations
@@ -51,7 +49,9 @@ class INaturalistImages:
                 "another form; use train2018.json, val2018.json, or those of 2019"
             ) from None
         if not paths:
-            raise ValueError(f"annotations {file} list no images; use those of the training or validation part")
+            raise ValueError(
+                f"annotations {file} list no images; use those of the training or validation part"
+            )
         self.classes: tuple[str, ...] | None = tuple(str(category["name"]) for category in categories)
         self._paths = PathTable.of(paths)
 

@@ -72,9 +72,7 @@ def read_header(path: Path, contents: Contents) -> tuple[dict[str, Any], int]:
     return header, int(start)
 
 
-def check_same(
-    path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], contents: Contents
-) -> None:
+def check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], contents: Contents) -> None:
     """Compare headers, but for what is called `of`: where something lay, whose digest is compared.
 
     Raises:

@@ -142,9 +142,7 @@ class RowCache:
         cache = cls(path, contents, header, start)
         if not cache.is_complete:
             done, total = cache.progress
-            raise ValueError(
-                f"the {noun} in {path} are incomplete, {done} of {total}; {command} continues"
-            )
+            raise ValueError(f"the {noun} in {path} are incomplete, {done} of {total}; {command} continues")
         return cache
 
     @property

@@ -5,24 +5,22 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from mpm.interop.facts import known_interpolation
+from mpm.patchify.pixels import IMAGENET, INCEPTION, Moments
 
 __all__ = ["FAMILIES", "Family", "decoder_heads_of", "heads_of", "layer_scale_of", "preprocessing_of"]
-
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-INCEPTION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 
 class Family(NamedTuple):
     """Of the released networks.
 
     Attributes:
-        statistics: mean and standard deviation of pixels in [0,1].
+        moments: mean and standard deviation of pixels in [0,1].
         crop: part of an image's side that is evaluated, below `whole_from`.
         whole_from: image side from which all of it is, in pixels.
         drop_path_rule: "constant" over the blocks, or "linear".
     """
 
-    statistics: Mapping[str, Any] = IMAGENET
+    moments: Moments = IMAGENET
     crop: float = 0.875
     whole_from: float = float("inf")
     drop_path_rule: str = "linear"
@@ -107,17 +105,17 @@ def preprocessing_of(
     """
     own, args = FAMILIES[family], facts.get("args", {})
     stated = facts.get("pretrained_cfg") or {}
-    statistics, known = own.statistics, set(stated)
+    (mean, std), known = own.moments, set(stated)
     if family == "beit" and is_beit2:
-        statistics = IMAGENET
+        mean, std = IMAGENET
     elif family == "beit" and "imagenet_default_mean_and_std" in args:
-        statistics = IMAGENET if args["imagenet_default_mean_and_std"] else INCEPTION
+        mean, std = IMAGENET if args["imagenet_default_mean_and_std"] else INCEPTION
         known |= {"mean", "std"}
     crop = 1.0 if min(image_size) >= own.whole_from else own.crop
     interpolation, notes = known_interpolation(stated.get("interpolation", "bicubic"))
     found: dict[str, Any] = {
-        "mean": tuple(stated.get("mean", statistics["mean"])),
-        "std": tuple(stated.get("std", statistics["std"])),
+        "mean": tuple(stated.get("mean", mean)),
+        "std": tuple(stated.get("std", std)),
         "crop": float(stated.get("crop_pct", crop)),
         "interpolation": interpolation,
     }

@@ -59,7 +59,7 @@ _BEIT = _DEIT | {
     "positions.table": _ANY,
     "positions.bias": _ANY,
     "readout": ("mean", "token", "none"),
-    "predictor": ("linear", "none"),
+    "predictor": ("linear", "class_pretraining", "none"),
 }
 _TIMM = _DEIT | {
     "branches": _ANY,
@@ -82,7 +82,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
             True,
             _DEIT | {"distillation_token": (False,), "readout": ("mean", "token", "none"), "predictor": _ANY},
         ),
-        "simmim": Layout(True, _BEIT | {"readout": ("none",)}),
+        "simmim": Layout(True, _BEIT | {"readout": ("none",), "predictor": ("linear", "none")}),
         "timm": Layout(True, _TIMM),
         "timm without slots": Layout(False, _TIMM),
         "timm distilled": Layout(

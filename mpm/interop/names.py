@@ -144,10 +144,15 @@ def _predictor(layout: str, config: Mapping[str, Any]) -> dict[str, str]:
         return {}
     predictor = config["predictor"]
     paired = _affine("predictor.norm", "norm")
-    if predictor is None or predictor["kind"] == "linear":
+    if predictor is None or predictor["kind"] != "decoder":
         paired["predictor.encoder_mask_token"] = "mask_token"
-        head = "decoder.0" if layout == "simmim" else "lm_head"
-        return paired if predictor is None else paired | _affine("predictor.head", head)
+        if predictor is None:
+            return paired
+        paired |= _affine("predictor.head", "decoder.0" if layout == "simmim" else "lm_head")
+        for index in range(predictor.get("depth", 0)):  # of class pretraining
+            ours, theirs = f"predictor.blocks.{index}", f"cls_pt_layers.{index}"
+            paired |= _block(ours, theirs, config["backbone"], layout)
+        return paired
     paired["predictor.mask_token"] = "mask_token"
     for ours, theirs in {"embed": "embed", "decoder_norm": "norm", "head": "pred"}.items():
         paired |= _affine(f"predictor.{ours}", f"decoder_{theirs}")

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from mpm.backbones.create import create_backbone, create_readout
-from mpm.objectives.predictors import DecoderPredictor, LinearPredictor
+from mpm.objectives.predictors import create_predictor
 from mpm.variants import Architecture
 
 __all__ = ["network_of"]
@@ -29,15 +29,7 @@ def network_of(config: Mapping[str, Any], *, out_dim: int = 0) -> nn.ModuleDict:
         classes = config["num_classes"]
         if classes is not None:
             parts["heads"] = nn.ModuleList(nn.Linear(trunk.dim, classes) for _ in range(readout.num_vectors))
-    if predictor is not None and predictor["kind"] == "linear":
-        parts["predictor"] = LinearPredictor(trunk.dim, out_dim)
-    elif predictor is not None:
-        parts["predictor"] = DecoderPredictor(
-            trunk.dim,
-            out_dim,
-            grid=backbone.grid,
-            width=predictor["dim"],
-            depth=predictor["depth"],
-            num_heads=predictor["heads"],
-        )
+    if predictor is not None:
+        built: Any = create_predictor(trunk, out_dim=out_dim, grid=backbone.grid, **predictor)
+        parts["predictor"] = built
     return parts

@@ -16,8 +16,10 @@ from mpm.variants import Architecture
 
 __all__ = ["Recognized", "Stated", "recognize"]
 
-# recomputed, or of BEiT v2's class-token pretraining, which reads the trunk a second time
-_DROPPED = re.compile(r"(.*\.)?relative_position_index|cls_pt_.*")
+_RECOMPUTED = re.compile(r"(.*\.)?relative_position_index")
+# BEiT v2's class pretraining: what reads the trunk a second time, and what mpm's has not
+_SECOND = "cls_pt_"
+_OWN = re.compile(r"cls_pt_(?!layers\.).*|cls_pt_layers\..*\.relative_position_bias_table")
 _BIASES = {
     "shared": "rel_pos_bias.relative_position_bias_table",
     "per_block": "blocks.0.attn.relative_position_bias_table",
@@ -80,7 +82,7 @@ def recognize(state: Mapping[str, Tensor], stated: Stated) -> Recognized:
     )
     image_size, positions, has_slots = _positions(state, trunk, stated)
     trunk = trunk._replace(positions=positions)
-    predictor, decoder_notes = _predictor(state, stated)
+    predictor, predictor_notes = _predictor(state, trunk, stated)
     readout = _readout(state, trunk, class_attention, stated, is_pretrained=predictor is not None)
     layout = _layout(trunk, readout, predictor, stated, has_timm_names=has_timm_names, has_slots=has_slots)
     one = trunk.num_prefix == trunk.branches == 1
@@ -107,8 +109,11 @@ def recognize(state: Mapping[str, Tensor], stated: Stated) -> Recognized:
         "num_classes": num_classes,
         "predictor": predictor,
     }
-    dropped = tuple(key for key in state if _DROPPED.fullmatch(key))
-    notes = (*head_notes, *decoder_notes, *notes)
+    is_twice = predictor is not None and predictor["kind"] == "class_pretraining"
+    dropped = tuple(
+        key for key in state if _RECOMPUTED.fullmatch(key) or (key.startswith(_SECOND) and not is_twice)
+    )
+    notes = (*head_notes, *predictor_notes, *notes)
     if alone:
         notes += (f"of the classes' heads there is only {some(alone)}, so the classes are left out",)
     return Recognized(layout, config, (*dropped, *alone), notes)
@@ -200,7 +205,9 @@ def _positions(
     return (grid[0] * trunk.patch_size[0], grid[1] * trunk.patch_size[1]), positions, has_slots
 
 
-def _predictor(state: Mapping[str, Tensor], stated: Stated) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+def _predictor(
+    state: Mapping[str, Tensor], trunk: Architecture, stated: Stated
+) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
     """Who predicts in pretraining, if anyone, and notes."""
     if "decoder_embed.weight" in state:
         width = outputs_of(state, "decoder_embed.weight")
@@ -212,8 +219,17 @@ def _predictor(state: Mapping[str, Tensor], stated: Stated) -> tuple[dict[str, A
         depth = count(state, "decoder_blocks.{}.")
         predictor = {"kind": "decoder", "dim": width, "depth": depth, "heads": heads}
         return predictor, notes * is_assumed
-    has_head = ("decoder.0.weight" if stated.is_simmim else "lm_head.weight") in state
-    return {"kind": "linear"} if has_head else None, ()
+    if ("decoder.0.weight" if stated.is_simmim else "lm_head.weight") not in state:
+        return None, ()
+    depth = count(state, "cls_pt_layers.{}.")
+    if own := [key for key in state if _OWN.fullmatch(key)]:
+        told = f"class pretraining is left out: it has {some(own)} of its own, where mpm's shares the trunk's"
+        return {"kind": "linear"}, (told,)
+    if not depth:
+        return {"kind": "linear"}, ()
+    early_layer = max(1, trunk.depth - 3)
+    notes = (f"early_layer of cls_pt_layers is not told: it is {early_layer}, as published 3 from the last",)
+    return {"kind": "class_pretraining", "early_layer": early_layer, "depth": depth}, notes
 
 
 def _readout(
@@ -286,4 +302,4 @@ def _layout(
 def _is_beit2(state: Mapping[str, Tensor], stated: Stated) -> bool:
     """BEiT v2's files are BEiT's, but for the layers of its class-token pretraining."""
     told = f"{stated.source} {stated.facts.get('architecture', '')}".lower()
-    return "beitv2" in told or any(key.startswith("cls_pt_") for key in state)
+    return "beitv2" in told or any(key.startswith(_SECOND) for key in state)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mpm.backbones.create import create_backbone
-from mpm.interop.families import IMAGENET
 from mpm.interop.files import Weights, read_weights, some
 from mpm.interop.keys import outputs_of, shape_of
 from mpm.interop.official import official_of
-from mpm.patchify.pixels import Normalize
+from mpm.patchify.pixels import IMAGENET, Normalize
 from mpm.tokenizers.dalle import DalleEncoder
 from mpm.tokenizers.dvae import DiscreteVAE
 from mpm.tokenizers.vqkd import VQKD
@@ -127,7 +126,7 @@ def _vqkd_pixels(facts: Mapping[str, Any], channels: int) -> Normalize:
     if kind == "default":
         return _from_minus_one(channels)
     if kind == "imagenet_norm" and channels == 3:
-        return Normalize(IMAGENET["mean"], IMAGENET["std"])
+        return Normalize(*IMAGENET)
     raise ValueError(f"process_type {kind} of {channels} channels is unknown; use default")
 
 

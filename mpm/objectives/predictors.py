@@ -9,9 +9,17 @@ from torch import Tensor, nn
 from mpm.backbones.attention import Attention
 from mpm.backbones.backbone import Encoded, Positions, take_rows
 from mpm.backbones.blocks import Block, Mlp
+from mpm.backbones.create import create_blocks
 from mpm.patchify.masks import PatchMask
+from mpm.variants import Architecture
 
-__all__ = ["ClassPretrainingPredictor", "DecoderPredictor", "LinearPredictor", "Predictor"]
+__all__ = [
+    "ClassPretrainingPredictor",
+    "DecoderPredictor",
+    "LinearPredictor",
+    "Predictor",
+    "create_predictor",
+]
 
 
 class Predictor(Protocol):
@@ -36,6 +44,46 @@ class Predictor(Protocol):
     def __call__(self, encoded: Encoded, mask: PatchMask) -> Tensor:
         """-> [S,B,M,out]; S = 1 but for `ClassPretrainingPredictor`."""
         ...
+
+
+def create_predictor(
+    architecture: Architecture,
+    *,
+    out_dim: int,
+    grid: tuple[int, int],
+    kind: str,
+    dim: int = 0,
+    depth: int = 0,
+    heads: int = 0,
+    early_layer: int = 0,
+) -> Predictor:
+    """What reads a trunk in pretraining; parameters are not initialised.
+
+    Args:
+        architecture: of the trunk.
+        out_dim: width of a prediction.
+        grid: patches per side (rows, columns).
+        kind: "linear", "decoder" or "class_pretraining".
+        dim: width of a decoder.
+        depth: blocks of a decoder, or extra ones of class pretraining.
+        heads: of each block of a decoder.
+        early_layer: block whose patches the extra ones see, counted from 1.
+
+    Raises:
+        ValueError: if the kind is unknown.
+    """
+    width = architecture.dim
+    match kind:
+        case "linear":
+            return LinearPredictor(width, out_dim)
+        case "decoder":
+            return DecoderPredictor(width, out_dim, grid=grid, width=dim, depth=depth, num_heads=heads)
+        case "class_pretraining":
+            rates = [*architecture.drop_path_rates][early_layer:][:depth]  # they continue the early layer
+            rates += [architecture.drop_path_rates[-1]] * (depth - len(rates))
+            blocks = create_blocks(architecture, drop_path_rates=rates)
+            return ClassPretrainingPredictor(width, out_dim, blocks=blocks, early_layer=early_layer)
+    raise ValueError(f"predictor.kind {kind} is unknown; use linear, decoder or class_pretraining")
 
 
 class LinearPredictor(nn.Module):

@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Normalize", "to_unit"]
+__all__ = ["IMAGENET", "INCEPTION", "Moments", "Normalize", "to_unit"]
+
+# means and deviations of channels in [0,1]
+Moments = tuple[tuple[float, ...], tuple[float, ...]]
+IMAGENET: Moments = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+INCEPTION: Moments = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
 def to_unit(images: Tensor, device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ class DiscreteVAE(nn.Module):
 
     A residual block adds convolution 3x3, ReLU, convolution 3x3, ReLU, convolution 1x1. The defaults are the
     published sizes, 20,081,411 parameters. Names and shapes of the state are the published ones, besides
-    `normalize.*`. Nothing in it looks at a batch, so an image has the same codes in every batch.
+    `normalize.*`. Nothing in it looks at a batch: an image has the same codes in every batch, but for ties.
 
     Args:
         num_codes: V.

@@ -10,7 +10,7 @@ from mpm import build
 from mpm.config import INaturalistSource
 from mpm.data.inaturalist import INaturalistImages
 
-# as in the competitions' files, which hold more keys; identifiers are in no order, and one species is not in val
+# as in the competitions' files; identifiers are in no order, and one species is not in val
 CATEGORIES = [
     {"id": 7, "name": "Vulpes vulpes", "supercategory": "Mammalia"},
     {"id": 2, "name": "Apis mellifera", "supercategory": "Insecta"},

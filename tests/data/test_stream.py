@@ -104,7 +104,7 @@ def test_repeated_augmentation_keeps_the_length_of_the_epoch() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_repeated_augmentation_does_not_depend_on_the_processes(world_size: int) -> None:
-    """Each global batch has the same samples; the released sampler needs several processes to spread an image."""
+    """Each global batch has the same samples; the released sampler needs several processes for that."""
     shares = [
         keys(100, 12, stop_step=8, repeats=3, rank=rank, world_size=world_size) for rank in range(world_size)
     ]

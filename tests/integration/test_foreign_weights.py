@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from timm.models.beit import Beit
 from timm.models.cait import Cait
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from mpm.imported import fetch, write_imported
 from mpm.network import Trunk, read_trunk
 from mpm.objectives.predictors import DecoderPredictor
 from mpm.pretraining import pretrain
-from tests.integration.settings import finetune_config, pretrain_config
+from tests.integration.settings import codes_of, finetune_config, pretrain_config, tokenizer_config
 from tests.networks import randomize
 
 SHORT = ["optim.steps=1", "optim.warmup_steps=0"]
@@ -214,6 +215,47 @@ def test_pretraining_continues_a_published_mae_with_its_decoder(tmp_path: Path) 
     torch.testing.assert_close(
         model["backbone.blocks.0.attn.qkv.weight"], official.state["backbone.blocks.0.attn.qkv.weight"]
     )
+
+
+def beit_v2_file(folder: Path) -> tuple[dict[str, Tensor], Path]:
+    """A pretraining file of BEiT v2 with codes of a tokenizer of 32."""
+    options = {"use_abs_pos_emb": False, "use_shared_rel_pos_bias": True, "init_values": 0.1}
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 192, "depth": 4, "num_heads": 3}
+    model = randomize(Beit(**sizes, **options, num_classes=0, global_pool="token"))
+    last = {"blocks.2.": "cls_pt_layers.0.", "blocks.3.": "cls_pt_layers.1."}
+    state = {last.get(name[:9], name[:9]) + name[9:]: tensor for name, tensor in model.state_dict().items()}
+    state |= {"mask_token": torch.randn(1, 1, 192), "lm_head.weight": torch.randn(32, 192)}
+    state["lm_head.bias"] = torch.randn(32)
+    torch.save({"model": state}, folder / "beitv2.pth")
+    return state, folder / "beitv2.pth"
+
+
+@pytest.mark.slow
+def test_pretraining_continues_a_published_beit_v2_with_its_class_pretraining(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, path = beit_v2_file(tmp_path)
+    assert cli.main(["import", str(path), "-o", str(tmp_path / "imported")]) == 0
+    assert "early_layer of cls_pt_layers is not told: it is 1" in " ".join(capsys.readouterr().out.split())
+    pretrain(tokenizer_config(tmp_path / "tokenizer", "optim.steps=1"))
+    model = started_from(
+        tmp_path / "run",
+        *codes_of(tmp_path / "tokenizer"),
+        "mask={kind: random, ratio: 0.5}",
+        f"init.checkpoint={tmp_path / 'imported'}",
+        "backbone={patch_size: 4, dim: 192, depth: 2, heads: 3, qkv_bias: query_value, layer_scale: 0.1}",
+        "backbone.positions={table: none, bias: shared}",
+        "objective.predictor={kind: class_pretraining, early_layer: 1, depth: 2}",
+    )
+    for ours, theirs in {
+        "blocks.1.attn.q_bias": "cls_pt_layers.1.attn.q_bias",
+        "blocks.0.ls2.gamma": "cls_pt_layers.0.gamma_2",
+        "head.weight": "lm_head.weight",
+        "norm.weight": "norm.weight",
+    }.items():
+        torch.testing.assert_close(model[f"predictor.{ours}"], file[theirs])
+    # for fine-tuning they mean nothing
+    finetune(finetune_config(tmp_path / "tuned", *TUNED, f"init.checkpoint={tmp_path / 'imported'}"))
 
 
 def test_pretraining_continues_a_classifier_with_its_norm(deit, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A run that was stopped, in whatever way, ends exactly as one that was not."""
 
+import itertools
 import json
 import os
 import random
@@ -13,6 +14,9 @@ import pytest
 from PIL import Image
 
 from mpm import checkpoint
+from mpm.commands.tokenizing import tokenize
+from mpm.config import PretrainConfig
+from mpm.configfile import load
 from mpm.data.datasets import SyntheticImages
 from mpm.finetuning import finetune
 from mpm.pretraining import pretrain
@@ -26,7 +30,17 @@ from tests.integration.runs import (
     metrics,
     saved_step,
 )
-from tests.integration.settings import SCRATCH, finetune_config, pretrain_config
+from tests.integration.settings import (
+    CLASS_PRETRAINING,
+    CONFIGS,
+    QUICK,
+    SCRATCH,
+    TOKENIZERS,
+    codes_of,
+    finetune_config,
+    pretrain_config,
+    tokenizer_config,
+)
 
 STEPS, BATCH, WORKERS = 80, 32, 2
 SAVE_EVERY = 7
@@ -35,21 +49,30 @@ GRACE_S = 20  # to save and exit after SIGTERM
 # Nothing divides anything: windows of the log, checkpoints, evaluations and epochs all straddle each other.
 CADENCE = [f"run.workers={WORKERS}", "run.log_every=3", f"run.save_every={SAVE_EVERY}", "run.keep=1000"]
 # All that draws a random number or keeps a state: crops, jitter, dropped paths, running statistics, ...
-PRETRAIN = [
-    "--config=configs/debug.yaml",
-    "data.color_jitter=0.4",
+WATCHED = ["data.color_jitter=0.4", "monitor.every=19"]
+MASKED = [
+    *WATCHED,
     "backbone.drop_path=0.3",
     "backbone.stem={kind: hmlp, norm: batch, statistics: visible}",
-    "monitor.every=19",
 ]
 # ... mixing, erasing, augmentation and the average
 FINETUNE = [
-    "--config=configs/finetune/debug.yaml",
     "backbone.drop_path=0.3",
     "data.rand_augment=rand-m9-mstd0.5-inc1",
     "data.erasing=0.5",
     "evaluate_every=11",
 ]
+# ... a teacher and its center; crops that come again, with their codes; codebooks and Gumbel noise
+LATENT = "objective.target={kind: latent, prototypes: 16, momentum: 0.9}"
+METHODS = {  # configuration and words
+    "mae": ("debug.yaml", MASKED),
+    "fine-tuning": ("finetune/debug.yaml", FINETUNE),
+    "latent": ("debug.yaml", [*MASKED, LATENT]),
+    "beit, cached codes": ("debug.yaml", MASKED),
+    **{name: ("tokenizers/debug.yaml", [*words, *WATCHED]) for name, words in TOKENIZERS.items()},
+}
+# where codes are looked at, not only training opens images
+OPENED_BY_TRAINING = ("mae", "fine-tuning", "latent")
 
 
 class Finished(NamedTuple):
@@ -58,7 +81,7 @@ class Finished(NamedTuple):
 
 
 class Workplace:
-    """Images on the disk, and runs that nothing stopped, each made once."""
+    """Images on the disk, codes of their crops, and runs that nothing stopped, each made once."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -70,32 +93,55 @@ class Workplace:
                 Image.fromarray(images.read(index).permute(1, 2, 0).numpy()).save(file)
         self._finished: dict[tuple[str, int], Finished] = {}
 
-    def launch(self, script: str, folder: Path, *, processes: int, notes: Path) -> Launched:
+    def launch(self, method: str, folder: Path, *, processes: int, notes: Path) -> Launched:
         train, val = self.folder / "train", self.folder / "val"
+        script = "finetune.py" if method == "fine-tuning" else "pretrain.py"
+        file, words = METHODS[method]
+        words = [*words, f"optim.steps={STEPS}", f"optim.batch_size={BATCH}"]
         if script == "pretrain.py":
-            words = [*PRETRAIN, "data.kind=folder", f"data.root={train}"]
+            words += ["data.kind=folder", f"data.root={train}"]
         else:
-            words = [*FINETUNE, f"init.checkpoint={self.finished('pretrain.py', processes=1).folder}"]
+            words += [f"init.checkpoint={self.finished('mae', processes=1).folder}"]
             words += [f"data.train={{kind: folder, root: {train}}}"]
             words += [f"data.{part}={{kind: folder, root: {val}}}" for part in ("val", "test")]
-        words += [*CADENCE, f"optim.steps={STEPS}", f"optim.batch_size={BATCH}"]
+        if method == "beit, cached codes":
+            words += self.cached_codes(file, words)
+        words = [f"--config={CONFIGS / file}", *words, *CADENCE]
         return Launched(script, words, folder=folder, notes=notes, images=train, processes=processes)
 
-    def finished(self, script: str, *, processes: int) -> Finished:
-        if (script, processes) not in self._finished:
-            name = f"{script}-{processes}"
+    def cached_codes(self, file: str, words: list[str]) -> list[str]:
+        """What names VQ-KD, and its codes of all crops that a run of these words sees."""
+        tokenizer, cache = self.folder / "tokenizer", self.folder / "codes"
+        named = [*codes_of(tokenizer), "objective.target.crops=3", f"objective.target.cache={cache}"]
+        named += CLASS_PRETRAINING
+        if not cache.exists():
+            pretrain(tokenizer_config(tokenizer, *TOKENIZERS["vqkd"], "optim.steps=6"))
+            words = [*QUICK, *words, *named, f"run.output_dir={self.folder}"]
+            tokenize(load(CONFIGS / file, words, PretrainConfig).config)
+        return named
+
+    def finished(self, method: str, *, processes: int) -> Finished:
+        if (method, processes) not in self._finished:
+            name = f"{method}-{processes}"
             folder, notes = self.folder / "uninterrupted" / name, self.folder / "notes" / name
             folder.parent.mkdir(exist_ok=True)
-            with self.launch(script, folder, processes=processes, notes=notes) as run:
+            with self.launch(method, folder, processes=processes, notes=notes) as run:
                 run.finish()
-                samples = run.samples(BATCH // processes, workers=WORKERS)
-            self._finished[script, processes] = Finished(folder, samples)
-        return self._finished[script, processes]
+                samples = samples_of(run, method)
+            self._finished[method, processes] = Finished(folder, samples)
+        return self._finished[method, processes]
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     return Workplace(tmp_path_factory.mktemp("workplace"))
+
+
+def samples_of(run: Launched, method: str) -> list[list[list[str]]]:
+    """Images of each batch of each process; nothing where others than training open images."""
+    if method not in OPENED_BY_TRAINING:
+        return [[] for _ in range(run.processes)]
+    return run.samples(BATCH // run.processes, workers=WORKERS)
 
 
 def stop_at(run: Launched, step: int, number: signal.Signals) -> None:
@@ -131,31 +177,38 @@ def test_every_optimizer_continues_bit_by_bit(name: str, tmp_path: Path) -> None
     assert_identical(everything_saved(tmp_path / "stopped"), everything_saved(tmp_path / "straight"))
 
 
-PROCESSES = [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.torchrun)]
+SIGNALS, ON_ONE_AND_TWO = (signal.SIGKILL, signal.SIGTERM), ("mae", "fine-tuning")
+STOPPED = [  # how a run stops and is spread is no matter of its method: the others are killed
+    *itertools.product(ON_ONE_AND_TWO, SIGNALS, (1, 2)),
+    *((method, signal.SIGKILL, 1) for method in METHODS if method not in ON_ONE_AND_TWO),
+    ("vqkd", signal.SIGKILL, 2),
+]
 
 
-@pytest.mark.parametrize("processes", PROCESSES)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
-@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py"])
+@pytest.mark.parametrize(
+    ("method", "number", "processes"),
+    [pytest.param(*run, marks=pytest.mark.slow if run[2] == 1 else pytest.mark.torchrun) for run in STOPPED],
+    ids=[f"{method}-{number.name}-{processes}" for method, number, processes in STOPPED],
+)
 def test_a_stopped_run_ends_as_an_uninterrupted_one(
-    script: str, number: signal.Signals, processes: int, workplace: Workplace, tmp_path: Path
+    method: str, number: signal.Signals, processes: int, workplace: Workplace, tmp_path: Path
 ) -> None:
-    expected = workplace.finished(script, processes=processes)
+    expected = workplace.finished(method, processes=processes)
     folder = tmp_path / "run"
-    step = random.Random(f"{script} {number.name} {processes}").randrange(SAVE_EVERY + 3, STEPS - 20)
-    with workplace.launch(script, folder, processes=processes, notes=tmp_path / "first") as run:
+    step = random.Random(f"{method} {number.name} {processes}").randrange(SAVE_EVERY + 3, STEPS - 20)
+    with workplace.launch(method, folder, processes=processes, notes=tmp_path / "first") as run:
         stop_at(run, step, number)
     saved = saved_step(folder)
     assert step - 2 * SAVE_EVERY < saved < STEPS
     if number == signal.SIGTERM:
         assert saved >= step  # it saved then, not at its cadence
-    with workplace.launch(script, folder, processes=processes, notes=tmp_path / "second") as run:
+    with workplace.launch(method, folder, processes=processes, notes=tmp_path / "second") as run:
         run.finish()
-        samples = run.samples(BATCH // processes, workers=WORKERS)
+        samples = samples_of(run, method)
     assert samples == [batches[saved:] for batches in expected.samples]
     assert metrics(folder) == metrics(expected.folder)
     assert_identical(everything_saved(folder), everything_saved(expected.folder))
-    if script == "finetune.py":
+    if method == "fine-tuning":
         result = json.loads((folder / "result.json").read_text())
         assert result == json.loads((expected.folder / "result.json").read_text())
 
@@ -166,7 +219,7 @@ def test_training_processes_save_and_exit_with_0_where_torchrun_is_told_to_stop(
 ) -> None:
     """As on a cluster; torchrun hands the signal on to its processes, whose status it does not tell."""
     folder, notes = tmp_path / "run", tmp_path / "first"
-    with workplace.launch("pretrain.py", folder, processes=2, notes=notes) as run:
+    with workplace.launch("mae", folder, processes=2, notes=notes) as run:
         run.wait_until(lambda: last_step(folder) >= 2 * SAVE_EVERY)
         run.signal_everything(signal.SIGTERM)
         run.wait(GRACE_S)

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from mpm.interop import load_official
 from mpm.interop.networks import network_of
 from mpm.interop.official import to_official
+from mpm.objectives.masked import predict
+from mpm.patchify.masks import PatchMask
 from mpm.patchify.patches import unpatchify
 from mpm.patchify.positions import sincos_table
 from mpm.variants import Architecture
@@ -131,6 +133,7 @@ LEARNED = {"table": "learned", "bias": "none"}
 SHARED = {"table": "none", "bias": "shared"}
 BEIT = {"qkv_bias": "query_value", "layer_scale": 0.1, "positions": SHARED}
 LINEAR = {"kind": "linear"}
+CLASS_PRETRAINING = {"kind": "class_pretraining", "early_layer": 1, "depth": 2}
 DECODER = {"kind": "decoder", "dim": 16, "depth": 1, "heads": 2}
 CAIT = {"attention": "talking_heads", "layer_scale": 0.1, "class_token": False, "drop_path_rule": "constant"}
 CLASS_ATTENTION = {"kind": "class_attention", "depth": 3, "queries": 1, "mlp_ratio": 2.0}
@@ -143,6 +146,7 @@ def _three_things(**trunk: Any) -> dict[str, Any]:
 # the kinds of file that timm has no class for
 WITHOUT_TIMM = {
     "beit, pretrained": _config("beit", predictor=LINEAR, **BEIT),
+    "beit v2, pretrained": _config("beit", predictor=CLASS_PRETRAINING, **BEIT | {"depth": 4}),
     "simmim": _config("simmim", predictor=LINEAR, **BEIT),
     "simmim of patches 4x8": _config(
         "simmim", predictor=LINEAR, **BEIT | {"patch_size": (4, 8), "positions": LEARNED}
@@ -216,20 +220,75 @@ def test_pretrained_beit_predicts_codes_as_timms_trunk_and_lm_head_do() -> None:
     file |= {
         "mask_token": torch.randn(1, 1, DIM).double(),
         "rel_pos_bias.relative_position_index": torch.zeros(17, 17).long(),
-        "cls_pt_layers.0.norm1.weight": torch.ones(DIM),
     }
     official = load_official(file)
     assert official.config["predictor"] == {"kind": "linear"}
-    assert official.config["mean"] == (
-        0.485,
-        0.456,
-        0.406,
-    )  # the layers of class-token pretraining are BEiT v2's
-    assert official.report.dropped == ("rel_pos_bias.relative_position_index", "cls_pt_layers.0.norm1.weight")
+    assert official.report.dropped == ("rel_pos_bias.relative_position_index",)
     network, images = ours(official.config, official.state), _images()
     codes = network["predictor"](network["backbone"](images), None)[0]
     _assert_near(codes, lm_head(theirs.forward_features(images)[:, 1:]), 1e-9)
     assert torch.equal(official.state["predictor.encoder_mask_token"], file["mask_token"].flatten())
+
+
+def beit_v2() -> tuple[Beit, nn.ModuleList, dict[str, Tensor]]:
+    """timm's trunk of 4 blocks, 2 more for class pretraining, and a file of all as released."""
+    options = {"use_abs_pos_emb": False, "use_shared_rel_pos_bias": True, "init_values": 0.1}
+    options |= {"depth": 6, "num_classes": 0, "global_pool": "token"}
+    trunk = randomize(Beit(**SIZES | options)).double().eval()
+    extra, trunk.blocks = trunk.blocks[4:], trunk.blocks[:4]
+    file = trunk.state_dict() | {f"cls_pt_layers.{key}": t for key, t in extra.state_dict().items()}
+    shapes = {"lm_head.weight": (7, DIM), "lm_head.bias": (7,), "mask_token": (1, 1, DIM)}
+    return trunk, extra, file | {key: torch.randn(shape).double() for key, shape in shapes.items()}
+
+
+def test_pretrained_beit_v2_predicts_codes_twice_as_timms_blocks_do_in_the_released_order() -> None:
+    trunk, extra, file = beit_v2()
+    official = load_official(file)
+    assert official.config["predictor"] == {"kind": "class_pretraining", "early_layer": 1, "depth": 2}
+    assert official.config["mean"] == (0.485, 0.456, 0.406)  # BEiT v2's, which the extra blocks tell
+    assert official.report.dropped == official.report.missing == ()
+    assert "early_layer of cls_pt_layers is not told: it is 1" in official.report.notes[0]
+    network, images = ours(official.config, official.state), _images()
+    masked = torch.rand(2, GRID**2).argsort(1) < 7
+    mask = PatchMask.from_bool(masked, 7)
+    found = predict(network["backbone"], network["predictor"], images, mask)
+
+    x = torch.where(masked[..., None], file["mask_token"], trunk.patch_embed(images))
+    x = torch.cat([trunk.cls_token.expand(2, -1, -1), x], 1)
+    bias = trunk.rel_pos_bias()
+    states = []
+    for block in trunk.blocks:
+        x = block(x, shared_rel_pos_bias=bias)
+        states.append(x)
+    late = torch.cat([x[:, :1], states[0][:, 1:]], 1)
+    for block in extra:
+        late = block(late, shared_rel_pos_bias=bias)
+    expected = [
+        F.linear(trunk.norm(y)[:, 1:], file["lm_head.weight"], file["lm_head.bias"]) for y in (x, late)
+    ]
+    _assert_near(found, torch.stack([y[masked].reshape(2, 7, 7) for y in expected]), 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("own", "kept"),
+    [
+        ({"cls_pt_norm.weight": (DIM,), "cls_pt_lm_head.weight": (7, DIM)}, ()),
+        ({"cls_pt_layers.0.attn.relative_position_bias_table": (52, HEADS)}, ()),
+        ({}, ("lm_head.",)),
+    ],
+    ids=["own head", "own bias", "no head"],
+)
+def test_class_pretraining_that_mpm_has_not_is_dropped_and_told(
+    own: dict[str, tuple[int, ...]], kept: tuple[str, ...]
+) -> None:
+    _, _, file = beit_v2()
+    file |= {key: torch.randn(shape) for key, shape in own.items()}
+    official = load_official({key: t for key, t in file.items() if not key.startswith(kept or "-")})
+    assert official.config["predictor"] == (None if kept else {"kind": "linear"})
+    assert set(official.report.dropped) == {key for key in file if key.startswith("cls_pt_")}
+    if own:
+        names = ", ".join(sorted(own))
+        assert f"class pretraining is left out: it has {names} of its own" in official.report.notes[0]
 
 
 @pytest.mark.parametrize("patch_size", [(4, 4), (4, 8)])

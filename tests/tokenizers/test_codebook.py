@@ -492,6 +492,7 @@ def main(folder: Path) -> None:
     share = (slice(0, 13), slice(13, 40))[distributed.rank()]
     ddp = life_under_ddp(share)
     settle(setattr)
+    torch.manual_seed(distributed.rank())  # as in a run; codebooks draw from their own generators
     torch.save({"ddp": ddp, **lives(share)}, folder / f"{distributed.rank()}.pt")
     distributed.stop()
 
