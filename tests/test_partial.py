@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 import mpm
-from mpm import checkpoint, partial
+from mpm import checkpoint, cli, partial
 from mpm.checkpoint import load
 from mpm.commands.exporting import subject_of
 from mpm.configfile import ConfigError
@@ -201,6 +201,24 @@ def test_weights_of_others_are_a_base(pretrained: Path, tmp_path: Path) -> None:
     path = "classifier.backbone.blocks.0.mlp.fc2.weight"
     assert path not in stored(run)
     assert partial.load(run).model[path].equal(theirs.state_dict()["blocks.0.mlp.fc2.weight"])
+
+
+@pytest.mark.slow
+def test_a_fresh_readout_is_trained_and_the_whole_is_evaluated(
+    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = [
+        "tune=head",
+        "readout={kind: class_attention, depth: 1}",
+        "data.test={kind: synthetic, count: 24}",
+    ]
+    folder = tuned(tmp_path, pretrained, *words)
+    parts = {name.removeprefix("classifier.").partition(".")[0] for name in stored(folder)}
+    assert parts == {"readout", "heads"}
+    assert cli.main(["evaluate", str(folder), "--json", "run.device=cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = json.loads((folder / "result.json").read_text())["test"]
+    assert {name: found[name] for name in expected} == expected
 
 
 def test_partial_tuning_needs_weights() -> None:
