@@ -28,3 +28,9 @@ def test_error_equals_a_loop(bins: int) -> None:
 def test_who_is_always_sure_and_right_half_of_the_time_is_off_by_half() -> None:
     assert expected_calibration_error(torch.ones(10), torch.arange(10) < 5) == 0.5
     assert expected_calibration_error(torch.full((10,), 0.5), torch.arange(10) < 5) == 0.0
+
+
+def test_an_edge_belongs_to_the_bin_below() -> None:
+    """Together in one bin, too low and too high would cancel."""
+    confidence, is_right = torch.tensor([0.5, 0.6]), torch.tensor([True, False])
+    assert expected_calibration_error(confidence, is_right, bins=2) == pytest.approx((0.5 + 0.6) / 2)
