@@ -26,12 +26,14 @@ CLASSES = {
 
 
 def shortened(config: FinetuneConfig) -> FinetuneConfig:
-    """Two blocks, two images a step."""
+    """Two blocks, two images a step; all of it learns, from labels alone."""
     assert config.backbone is not None
     return config.model_copy(
         update={
             "backbone": config.backbone.model_copy(update={"depth": 2}).in_full(classifier=True),
             "optim": config.optim.model_copy(update={"batch_size": BATCH}),
+            "distillation": None,
+            "tune": "all",
             "run": config.run.model_copy(update={"workers": 0}),
         }
     )
