@@ -9,9 +9,10 @@ import torch
 import mpm
 from mpm import build, checkpoint
 from mpm.finetuning import finetune
+from mpm.network import part_of
 from mpm.patchify.pixels import Normalize
 from mpm.pretraining import pretrain
-from tests.integration.settings import finetune_config, pretrain_config
+from tests.integration.settings import SCRATCH, finetune_config, pretrain_config
 
 SHORT = ["optim.steps=1", "optim.warmup_steps=0"]
 TRUNKS = {
@@ -58,3 +59,18 @@ def test_loaded_classifier_predicts_as_its_test_did(tmp_path: Path) -> None:
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     assert network.predict(images).isfinite().all()
     assert torch.equal(network.predict(images), mpm.load(tmp_path / "b").predict(images))
+
+
+@pytest.mark.slow
+def test_a_probes_norm_is_folded_into_its_head_where_it_is_loaded(tmp_path: Path) -> None:
+    config = finetune_config(tmp_path, *SCRATCH, "head_norm=batch", "ema=null", "optim.steps=6")
+    finetune(config)
+    assert config.backbone is not None
+    own = build.classifier(config, config.backbone, image_size=(32, 32), channels=3, num_classes=4).eval()
+    own.load_state_dict(part_of(checkpoint.load(tmp_path).model, "classifier"))
+    assert own.head_norms[0].running_var.ne(1).all()
+    loaded = mpm.load(tmp_path)
+    images = torch.rand(5, 3, 32, 32)
+    torch.testing.assert_close(
+        loaded.predict(images), own.predict(loaded.normalize(images)).softmax(1), rtol=1e-4, atol=1e-5
+    )
