@@ -70,6 +70,7 @@ def trunk_of(backbone: BackboneConfig, image_size: tuple[int, int], channels: in
         channels=channels,
         mean=(0.5,) * channels,
         std=(0.5,) * channels,
+        interpolation="bicubic",
         readout=None,
         classes=(),
         num_classes=0,
