@@ -84,5 +84,5 @@ def _check_warmup(warmup_steps: int, steps: int) -> None:
     if not 0 <= warmup_steps < steps:
         raise ValueError(
             f"a warm-up of {warmup_steps} steps does not fit a run of {steps} steps; "
-            "warm up for fewer epochs or train longer"
+            "set optim.warmup_steps to less, or train longer"
         )

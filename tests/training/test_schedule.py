@@ -41,7 +41,7 @@ def test_multistep_multiplies_at_the_milestones() -> None:
 
 
 def test_a_warmup_as_long_as_the_run_is_refused() -> None:
-    with pytest.raises(ValueError, match="warm-up of 10 steps does not fit a run of 10 steps"):
+    with pytest.raises(ValueError, match=r"does not fit a run of 10 steps; set optim\.warmup_steps to"):
         cosine(peak=1.0, steps=10, warmup_steps=10, final=0.0)
 
 
