@@ -56,8 +56,8 @@ def check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) 
     for key in [*want, *have]:
         if have.get(key) != want.get(key) and not key.endswith(".of"):
             raise ValueError(
-                f"objective.target.cache {path} was filled {_difference(key, have, want)}; give another file, "
-                "or remove this one, and run mpm tokenize CONFIG"
+                f"objective.target.cache {path} was filled {_difference(key, have, want)}; give another "
+                "file, or remove this one, and run mpm tokenize CONFIG"
             )
 
 

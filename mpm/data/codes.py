@@ -253,7 +253,7 @@ def check_place(path: Path) -> None:
         raise ValueError(f"objective.target.cache {path} is a folder; give a file, as {path / 'codes.bin'}")
     if not path.parent.is_dir():
         raise FileNotFoundError(
-            f"objective.target.cache {path}: there is no folder {path.parent}; make it first, or correct the path"
+            f"objective.target.cache {path}: there is no folder {path.parent}; make it, or correct the path"
         )
 
 

@@ -159,7 +159,10 @@ def test_creation_that_was_killed_is_repeated(tmp_path: Path, left: str) -> None
         ({"seed": 3}, "with seed 0, not 3"),
         ({"tokenizer": {"sha256": "77", "of": "runs/b"}}, "with the tokenizer runs/a, not runs/b"),
         ({"tokenizer": {"sha256": "77", "of": "runs/a"}}, "before the tokenizer runs/a changed"),
-        ({"data": {"crop_scale": (0.08, 1.0), "flip": True}}, "with data.crop_scale [0.2, 1.0], not [0.08, 1.0]"),
+        (
+            {"data": {"crop_scale": (0.1, 1.0), "flip": True}},
+            "with data.crop_scale [0.2, 1.0], not [0.1, 1.0]",
+        ),
         ({"data": {"crop_scale": (0.2, 1.0)}}, "with data.flip true, not null"),
     ],
 )
@@ -182,9 +185,9 @@ def test_a_tokenizer_that_was_moved_is_the_same(tmp_path: Path) -> None:
 
 def test_codes_lie_in_a_file_in_a_folder_that_is_there(tmp_path: Path) -> None:
     for attempt in (create, CodeCache.open):
-        with pytest.raises(ValueError, match=r"objective\.target\.cache .* is a folder; give a file, as .*/codes"):
+        with pytest.raises(ValueError, match=r"objective\.target\.cache .* is a folder; give a file, as"):
             attempt(tmp_path, fingerprint=FINGERPRINT)
-        with pytest.raises(FileNotFoundError, match=r"there is no folder .*/mistyped; make it first"):
+        with pytest.raises(FileNotFoundError, match=r"there is no folder .*/mistyped; make it, or"):
             attempt(tmp_path / "mistyped" / "codes", fingerprint=FINGERPRINT)
     assert list(tmp_path.iterdir()) == []
 
@@ -197,7 +200,7 @@ def test_other_sizes_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_missing_foreign_and_damaged_files(tmp_path: Path) -> None:
     path = tmp_path / "codes"
-    with pytest.raises(FileNotFoundError, match=r"no cached codes at objective\.target\.cache .*codes; run mpm"):
+    with pytest.raises(FileNotFoundError, match=r"no cached codes at objective\.target\.cache .*; run mpm"):
         CodeCache.open(path, fingerprint=FINGERPRINT)
     for foreign in (b"seed: 0\n", b"\xff\xd8\xff" * 5000, b"mpm codes 1 00004096\n{]", b"mpm codes 1 x\n"):
         path.write_bytes(foreign)

@@ -39,7 +39,7 @@ def test_multistep_multiplies_at_the_milestones() -> None:
 
 
 def test_a_warmup_as_long_as_the_run_is_refused() -> None:
-    with pytest.raises(ValueError, match="10 steps does not fit a run of 10 steps; set optim.warmup_steps to"):
+    with pytest.raises(ValueError, match=r"10 steps does not fit a run of 10 steps; set optim\.warmup_steps"):
         cosine(peak=1.0, steps=10, warmup_steps=10, final=0.0)
 
 
