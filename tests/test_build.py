@@ -57,6 +57,7 @@ def classifier(name: str, num_classes: int) -> tuple[Classifier, torch.Tensor]:
         channels=data.channels,
         mean=moments,
         std=moments,
+        interpolation="bicubic",
         readout=None,
         classes=(),
         num_classes=0,

@@ -76,7 +76,7 @@ def inputs_of(config: PretrainConfig, *, cached: bool, workers: int = 0) -> list
         stop=config.optim.steps,
         pin_memory=False,
         crops=parts.crops,
-        codes=parts.codes,
+        cached=parts.codes,
     )
     return [(batch.index, *parts.prepare(batch)) for batch in batches]
 
