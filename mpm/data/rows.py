@@ -164,9 +164,7 @@ class RowCache:
         cache = cls(path, contents, header, start)
         if not cache.is_complete:
             done, total = cache.progress
-            raise ValueError(
-                f"the {noun} in {path} are incomplete, {done} of {total}; {command} continues"
-            )
+            raise ValueError(f"the {noun} in {path} are incomplete, {done} of {total}; {command} continues")
         return cache
 
     @property
@@ -328,9 +326,7 @@ def _read_header(path: Path, contents: Contents) -> tuple[dict[str, Any], int]:
     return header, int(start)
 
 
-def _check_same(
-    path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], contents: Contents
-) -> None:
+def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], contents: Contents) -> None:
     have, want = _flat(found), _flat(wanted)
     for key in [*want, *have]:
         if have.get(key) != want.get(key):

@@ -24,7 +24,9 @@ def loader(
     source, view, *, workers=0, steps=(0, 6), batch_size=8, crops=None, cached=None, **options
 ) -> BatchLoader:
     stream = EpochStream(len(source), batch_size, seed=0, start_step=steps[0], stop_step=steps[1], **options)
-    return train_loader(ViewDataset(source, view, seed=5, crops=crops, cached=cached), stream, workers=workers)
+    return train_loader(
+        ViewDataset(source, view, seed=5, crops=crops, cached=cached), stream, workers=workers
+    )
 
 
 def by_image(batches, field: str) -> dict[int, np.ndarray]:
