@@ -23,7 +23,7 @@ from mpm.monitoring import CodeMonitor
 from mpm.network import Trunk, read_trunk
 from mpm.objectives import teachers
 from mpm.objectives.prepare import PrepareTokenizer
-from mpm.patchify.pixels import Normalize
+from mpm.patchify.pixels import Normalize, moments_of
 from mpm.tokenization import digest
 
 __all__ = ["TokenizerTraining"]
@@ -145,7 +145,8 @@ def _network_teacher(source: str, grid: tuple[int, int], *, dtype: torch.dtype) 
         network = create_timm(source.removeprefix(TIMM))
         identity = digest(network)
         published = network.pretrained_cfg
-        normalize = Normalize(published["mean"], published["std"])
+        channels = published["input_size"][0]
+        normalize = Normalize(*moments_of(published["mean"], published["std"], channels=channels))
         return _Read(teachers.NetworkTeacher(network, grid=grid, normalize=normalize, dtype=dtype), identity)
     trunk = read_trunk(source)
     patch_height, patch_width = trunk.backbone.resolved().patch_size
