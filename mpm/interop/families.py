@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from mpm.interop.facts import known_interpolation
-from mpm.patchify.pixels import IMAGENET, INCEPTION, Moments
+from mpm.patchify.pixels import IMAGENET, INCEPTION, Moments, moments_of
 
 __all__ = ["FAMILIES", "Family", "decoder_heads_of", "heads_of", "layer_scale_of", "preprocessing_of"]
 
@@ -113,9 +113,11 @@ def preprocessing_of(
         known |= {"mean", "std"}
     crop = 1.0 if min(image_size) >= own.whole_from else own.crop
     interpolation, notes = known_interpolation(stated.get("interpolation", "bicubic"))
+    mean, std = stated.get("mean", mean), stated.get("std", std)
+    fitting = moments_of(mean, std, channels=channels)
     found: dict[str, Any] = {
-        "mean": tuple(stated.get("mean", mean)),
-        "std": tuple(stated.get("std", std)),
+        "mean": fitting[0],
+        "std": fitting[1],
         "crop": float(stated.get("crop_pct", crop)),
         "interpolation": interpolation,
     }
@@ -123,8 +125,6 @@ def preprocessing_of(
         others = _OTHERS.get(family, "") if "mean" in assumed and not is_beit2 else ""
         whose = "BEiT v2's" if is_beit2 else f"those of the published {family} networks"
         notes += (f"{', '.join(assumed)} are not told: they are {whose}{others}",)
-    if channels != len(found["mean"]):
-        average = {key: (sum(found[key]) / len(found[key]),) * channels for key in ("mean", "std")}
-        found |= average
-        notes += (f"mean and std of {channels} channels are averages of the 3 published",)
+    if channels != len(mean):
+        notes += (f"mean and std of {channels} channels are averages of the {len(mean)} published",)
     return found, notes

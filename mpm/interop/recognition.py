@@ -11,7 +11,7 @@ from mpm.interop.families import FAMILIES, decoder_heads_of, heads_of, layer_sca
 from mpm.interop.files import some
 from mpm.interop.geometry import grid_of_positions, is_sincos
 from mpm.interop.keys import count, outputs_of, ratio_of, stem_of
-from mpm.interop.tokens import TOKENS
+from mpm.interop.tokens import TOKENS, check_tokens
 from mpm.variants import Architecture
 
 __all__ = ["Recognized", "Stated", "recognize"]
@@ -71,7 +71,7 @@ def recognize(state: Mapping[str, Tensor], stated: Stated) -> Recognized:
     stem, patch_size, channels = stem_of(state)
     blocks, has_timm_names, head_notes = _blocks(state, stated)
     class_attention = count(state, "blocks_token_only.{}.")
-    _check_tokens(state, blocks["dim"], *TOKENS.values(), "pos_embed")
+    check_tokens(state, blocks["dim"], *TOKENS.values(), "pos_embed")
     trunk = Architecture(
         patch_size=patch_size,
         stem=stem,
@@ -146,15 +146,6 @@ def _blocks(state: Mapping[str, Tensor], stated: Stated) -> tuple[dict[str, Any]
     return fixed, bool(listed) or is_timm_scale, notes
 
 
-def _check_tokens(state: Mapping[str, Tensor], dim: int, *keys: str) -> None:
-    """What recognition and `tokens_in` take for granted."""
-    for key in keys:
-        rows = 1 if key in ("cls_token", "dist_token") else "*"
-        shape = state[key].shape if key in state else None
-        if shape is not None and (len(shape) != 3 or shape[::2] != (1, dim) or rows not in ("*", shape[1])):
-            raise ValueError(f"{key} is {list(shape)}, where [1, {rows}, {dim}] is expected")
-
-
 def _heads(dim: int, told: list[int], stated: Stated) -> tuple[int, tuple[str, ...]]:
     """Heads as the file tells, else as is stated, else those of networks of this width, with a note."""
     known = _section(stated, "model_args").get("num_heads") if stated.heads is None else stated.heads
@@ -211,7 +202,7 @@ def _predictor(
     """Who predicts in pretraining, if anyone, and notes."""
     if "decoder_embed.weight" in state:
         width = outputs_of(state, "decoder_embed.weight")
-        _check_tokens(state, width, "decoder_pos_embed")
+        check_tokens(state, width, "decoder_pos_embed")
         is_assumed = stated.decoder_heads is None
         heads = decoder_heads_of(width) if stated.decoder_heads is None else stated.decoder_heads
         heads = _divisor(heads, width, "decoder_heads")

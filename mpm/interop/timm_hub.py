@@ -69,6 +69,8 @@ def create_timm(
 ) -> Any:
     """A model of timm, as timm makes it, with its published weights. No code of a file is run.
 
+    `input_size` of its `pretrained_cfg` has the channels that it was made for; mean and std may be of others.
+
     Args:
         name: as `timm.create_model` takes it: `deit3_small_patch16_224.fb_in1k`, `hf-hub:owner/name` or
             `local-dir:FOLDER`. It may download.
@@ -86,9 +88,10 @@ def create_timm(
     try:
         if pretrained and "pretrained_cfg_overlay" not in arguments:  # which names a file of this disk
             _check_reach(name)
-        _check_config(name, check)
+        facts = _facts(name)
+        check(facts)
         with _plain_tensors_only():
-            return timm.create_model(name, pretrained=pretrained, **arguments)
+            model: Any = timm.create_model(name, pretrained=pretrained, **arguments)
     except OutOfReach:
         raise
     except _NOT_HAD as error:
@@ -97,6 +100,10 @@ def create_timm(
             reason = "their file would run code, and mpm reads plain tensors only"
         what = "weights for" if pretrained else "model"
         raise ValueError(f"timm gives no {what} {name}: {reason}{_near(name)}") from error
+    if channels := (facts.get("model_args") or {}).get("in_chans"):
+        published = model.pretrained_cfg
+        published["input_size"] = (channels, *published["input_size"][1:])
+    return model
 
 
 def _check_reach(name: str) -> None:
@@ -132,11 +139,11 @@ def _check_reach(name: str) -> None:
         ) from error
 
 
-def _check_config(name: str, check: Callable[[Mapping[str, Any]], None]) -> None:
-    """Whether the config.json of a folder or of the hub says what mpm expects, and passes the check.
+def _facts(name: str) -> Mapping[str, Any]:
+    """The config.json of a folder or of the hub; of a model that timm knows, nothing.
 
     Raises:
-        ValueError: if it does not.
+        ValueError: if it says something else than mpm expects.
     """
     from timm.models import load_model_config_from_hf, parse_model_name
 
@@ -147,9 +154,9 @@ def _check_config(name: str, check: Callable[[Mapping[str, Any]], None]) -> None
         pretrained_cfg, architecture, model_args = load_model_config_from_hf(place)
         facts = {"architecture": architecture, "model_args": model_args, "pretrained_cfg": pretrained_cfg}
     else:
-        return
+        return {}
     check_facts(facts)
-    check({"pretrained_cfg": {}} | facts)  # of old ones, the whole is it
+    return {"pretrained_cfg": {}} | facts  # of old ones, the whole is it
 
 
 def _near(name: str) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mpm.patchify.stems import merge_factors
 
-__all__ = ["TOKENS", "Form", "form_of", "tokens_in", "tokens_out"]
+__all__ = ["TOKENS", "Form", "check_tokens", "form_of", "tokens_in", "tokens_out"]
 
 TOKENS = {"class_token": "cls_token", "distillation_token": "dist_token", "registers": "reg_token"}
 
@@ -51,6 +51,19 @@ def form_of(name: str, layout: str, patch_size: tuple[int, int]) -> Form:
         case ["predictor", "head", "bias"] if layout == "simmim":
             return Form("(c h w)", "(h w c)", patch)
     return _SAME
+
+
+def check_tokens(state: Mapping[str, Tensor], dim: int, *keys: str) -> None:
+    """Whether tokens and positions have the shapes that recognition and `tokens_in` take for granted.
+
+    Raises:
+        ValueError: if one has not.
+    """
+    for key in keys:
+        rows = 1 if key in ("cls_token", "dist_token") else "*"
+        shape = state[key].shape if key in state else None
+        if shape is not None and (len(shape) != 3 or shape[::2] != (1, dim) or rows not in ("*", shape[1])):
+            raise ValueError(f"{key} is {list(shape)}, where [1, {rows}, {dim}] is expected")
 
 
 def tokens_in(

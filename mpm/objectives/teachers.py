@@ -18,7 +18,7 @@ from mpm.backbones.classifier import Classifier
 from mpm.backbones.timm_classifier import TimmClassifier
 from mpm.objectives.hog import HOGTarget
 from mpm.patchify.patches import patchify
-from mpm.patchify.pixels import Normalize
+from mpm.patchify.pixels import Normalize, moments_of
 
 __all__ = [
     "ClassTeacher",
@@ -231,9 +231,9 @@ def _rows(tokens: int, image_size: torch.Size) -> int:
 
 
 def published_normalize(network: Any) -> Normalize:
-    """Of a model of timm, as it was trained."""
+    """Of a model of timm, as it was trained, for the channels that it was made for."""
     published: dict[str, Any] = network.pretrained_cfg
-    return Normalize(published["mean"], published["std"])
+    return Normalize(*moments_of(published["mean"], published["std"], channels=published["input_size"][0]))
 
 
 def takes_any_grid(network: Any) -> bool:

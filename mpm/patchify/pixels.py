@@ -1,14 +1,25 @@
 """Pixels: to [0,1], and to zero mean and unit deviation per channel."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["IMAGENET", "INCEPTION", "Moments", "Normalize", "to_unit"]
+__all__ = ["IMAGENET", "INCEPTION", "Moments", "Normalize", "moments_of", "to_unit"]
 
 # means and deviations of channels in [0,1]
 Moments = tuple[tuple[float, ...], tuple[float, ...]]
 IMAGENET: Moments = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INCEPTION: Moments = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+def moments_of(mean: Sequence[float], std: Sequence[float], *, channels: int) -> Moments:
+    """Of so many channels: those that are given, or, where these are others, their average for each."""
+    first, second = (
+        tuple(given) if len(given) == channels else (sum(given) / len(given),) * channels
+        for given in (mean, std)
+    )
+    return first, second
 
 
 def to_unit(images: Tensor, device: torch.device) -> Tensor:

@@ -1,6 +1,6 @@
 """A codebook: V vectors that follow what is assigned to them, outside the optimizer."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,13 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpm import distributed
+from mpm.tokenizers import clustering
+from mpm.tokenizers.clustering import Metric
 
 __all__ = ["Codebook", "Metric", "Quantized", "code_metrics"]
 
-Metric = Literal["euclidean", "cosine"]
-
-_MOST_DISTANCES = 2**24  # at a time
-_MOST_WIDENED = 2**20  # numbers in float64 at a time, which a cache holds
 _SAMPLES_PER_CODE = 256  # more of them move no start
 _IDLE_PER_CODE = 300  # see Codebook
 _MOST_REVIVED = 1024  # in a step
@@ -114,7 +112,7 @@ class Codebook(nn.Module):
         are decided in float64.
         """
         rows = x.reshape(-1, self.dim).float()
-        return _nearest(rows, self.vectors, self.metric).reshape(x.shape[:-1])
+        return clustering.nearest(rows, self.vectors, self.metric).reshape(x.shape[:-1])
 
     def quantize(self, x: Tensor) -> Quantized:
         """The nearest vectors to x [...,D]; their gradient goes to `x` (cosine: to its unit vector) as it is.
@@ -141,15 +139,15 @@ class Codebook(nn.Module):
             iterations: Lloyd's.
         """
         most = _SAMPLES_PER_CODE * self.num_codes
-        rows, _ = _shuffle(self._prepared(samples).reshape(-1, self.dim), most)
-        rows, is_repeated = _shuffle(distributed.gather_rows(rows), most)
+        rows, _ = clustering.shuffle(self._prepared(samples).reshape(-1, self.dim), most)
+        rows, is_repeated = clustering.shuffle(distributed.gather_rows(rows), most)
         assert len(rows), "a codebook cannot start without samples"
         vectors, idle = torch.zeros_like(self.vectors), torch.zeros_like(self.idle)
         if distributed.is_main():
-            vectors = _plus_plus(rows, self.num_codes, seed=seed)
+            vectors = clustering.plus_plus(rows, self.num_codes, seed=seed)
             for _ in range(iterations):
-                vectors = _cluster(rows, is_repeated, vectors, self.metric)
-            used = idle.index_fill(0, _nearest(rows, vectors, self.metric), 1)
+                vectors = clustering.lloyd(rows, is_repeated, vectors, self.metric)
+            used = idle.index_fill(0, clustering.nearest(rows, vectors, self.metric), 1)
             idle = torch.where(used > 0, 0, _IDLE_PER_CODE * self.num_codes)
         self.vectors.copy_(distributed.sum_over_ranks(vectors))  # the others' are 0
         self.idle.copy_(distributed.sum_over_ranks(idle))
@@ -165,8 +163,8 @@ class Codebook(nn.Module):
             self._sums = rows.new_zeros(self.num_codes, self.dim + 1, dtype=torch.float64)
             self._candidates = rows[:0]
         assert self._candidates is not None
-        _add(self._sums, rows, codes.flatten())
-        self._candidates, _ = _shuffle(torch.cat([self._candidates, rows]), _MOST_REVIVED)
+        clustering.add(self._sums, rows, codes.flatten())
+        self._candidates, _ = clustering.shuffle(torch.cat([self._candidates, rows]), _MOST_REVIVED)
 
     @torch.no_grad()
     def move(self, decay: float | None, *, step: int, seed: int) -> None:
@@ -203,15 +201,15 @@ class Codebook(nn.Module):
 
     def _revive(self, candidates: Tensor, *, step: int, seed: int) -> None:
         """Moves dead codes to some of the candidates [n,D]."""
-        candidates, is_repeated = _shuffle(candidates, _MOST_REVIVED)
-        codes = _nearest(candidates, self.vectors, self.metric)
+        candidates, is_repeated = clustering.shuffle(candidates, _MOST_REVIVED)
+        codes = clustering.nearest(candidates, self.vectors, self.metric)
         weights = (candidates - self.vectors[codes]).double().square().sum(1)
         weights = torch.where(is_repeated, 0.0, weights)
         # the largest of log weight + Gumbel noise are a draw without repetition in proportion to the weights
         noise = np.random.Generator(np.random.Philox(key=[seed, step])).gumbel(size=len(candidates))
         priority = weights.log() + torch.from_numpy(noise).to(weights.device, non_blocking=True)
         dead = self.idle >= _IDLE_PER_CODE * self.num_codes
-        vectors, revived = _fill(self.vectors, dead, candidates, priority)
+        vectors, revived = clustering.fill(self.vectors, dead, candidates, priority)
         self.vectors.copy_(vectors)
         self.counts.masked_fill_(revived, 0)
         self.idle.masked_fill_(revived, 0)
@@ -232,97 +230,3 @@ def _read_again(codebook: nn.Module, keys: object) -> None:
     """After a load: whether it is started is in the buffer."""
     assert isinstance(codebook, Codebook)
     codebook._is_started = False
-
-
-def _nearest(rows: Tensor, vectors: Tensor, metric: Metric) -> Tensor:
-    """Codes int64 [n] of rows [n,D] among vectors [V,D]."""
-    V = len(vectors)
-    # x.v, less half of v.v where lengths count: the larger, the nearer
-    bias = -vectors.square().sum(1) / 2 if metric == "euclidean" else vectors.new_zeros(V)
-    codes = []
-    for part in rows.split(max(1, _MOST_DISTANCES // V)):
-        with torch.autocast(rows.device.type, enabled=False):
-            likeness = torch.addmm(bias, part, vectors.T)  # [n,V]
-        best, first = likeness.max(1)
-        next_best, second = likeness.scatter_(1, first[:, None], -torch.inf).max(1)
-        close = (best - next_best).topk(-(-len(part) // 64), largest=False).indices
-        low, high = torch.minimum(first, second)[close], torch.maximum(first, second)[close]
-        x, a, b = part[close].double(), vectors[low].double(), vectors[high].double()
-        if metric == "euclidean":
-            x = x - (a + b) / 2
-        codes.append(first.index_copy(0, close, torch.where((x * (b - a)).sum(1) > 0, high, low)))
-    return torch.cat(codes)
-
-
-def _add(sums: Tensor, rows: Tensor, codes: Tensor) -> None:
-    """Adds rows [n,D] and a 1 for each to the sums float64 [V,D+1] of their codes."""
-    length = max(1, _MOST_WIDENED // sums.shape[1])
-    for part, own in zip(rows.split(length), codes.split(length), strict=True):
-        sums.index_add_(0, own, F.pad(part.double(), (0, 1), value=1.0))
-
-
-def _shuffle(rows: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """At most so many of rows [n,D], in an order that only their values decide, and which repeat one before.
-
-    The order is that of a hash, so the same are taken of however many rows on however many processes. Rows
-    that differ by rounding are hashed nearly alike. Repeated rows come last.
-    """
-    D = rows.shape[1]
-    golden = (1 + 5**0.5) / 2
-    weights = 1000 * (1 + (torch.arange(1, D + 1, dtype=torch.float64, device=rows.device) * golden).frac())
-    parts = rows.split(max(1, _MOST_WIDENED // D))
-    keys, order = torch.cat([(part.double() * weights).sum(1) for part in parts]).remainder(1).sort()
-    is_repeated = F.pad(keys[1:] == keys[:-1], (min(len(keys), 1), 0))
-    kept = is_repeated.byte().argsort(stable=True)[:most]
-    return rows[order[kept]], is_repeated[kept]
-
-
-def _fill(vectors: Tensor, wanted: Tensor, rows: Tensor, priority: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors [V,D] with rows [n,D] in the place of wanted ones bool [V], and which they are: bool [V].
-
-    Rows of highest priority [n] come first; those of -inf are left out. How many are wanted is never asked:
-    that would wait for the device.
-    """
-    priority, order = priority.sort(descending=True)
-    place = wanted.cumsum(0) - 1  # among the wanted
-    filled = wanted & (place < len(rows))
-    place = place.clamp(0, len(rows) - 1)
-    filled = filled & (priority[place] > -torch.inf)
-    return torch.where(filled[:, None], rows[order[place]], vectors), filled
-
-
-def _cluster(samples: Tensor, is_repeated: Tensor, vectors: Tensor, metric: Metric) -> Tensor:
-    """One of Lloyd's iterations: samples [n,D], vectors [V,D] -> [V,D]."""
-    codes = _nearest(samples, vectors, metric)
-    total = samples.new_zeros(len(vectors), samples.shape[1] + 1, dtype=torch.float64)
-    _add(total, samples, codes)
-    sums, counts = total[:, :-1], total[:, -1:]
-    distance = (samples - vectors[codes]).square().sum(1)
-    means = F.normalize(sums, dim=1) if metric == "cosine" else sums / counts.clamp(min=1)
-    vectors = torch.where(counts > 0, means.float(), vectors)
-    farthest = torch.where(is_repeated, 0.0, distance).log()
-    return _fill(vectors, counts[:, 0] == 0, samples, farthest)[0]
-
-
-def _plus_plus(samples: Tensor, count: int, *, seed: int) -> Tensor:
-    """First vectors [count,D] by k-means++ (Arthur and Vassilvitskii 2007) from samples [n,D].
-
-    Each is a sample, drawn in proportion to the squared distance from the nearest vector before it.
-    """
-    draws = np.random.Generator(np.random.Philox(key=[seed, 0])).random(count)
-    targets = torch.from_numpy(draws).to(samples.device)
-    squares = samples.square().sum(1)
-    weights = torch.ones_like(squares)
-    chosen = []
-    with torch.autocast(samples.device.type, enabled=False):
-        for number in range(count):
-            cumulative = weights.double().cumsum(0)
-            at = torch.searchsorted(cumulative, targets[number : number + 1] * cumulative[-1], right=True)
-            at = at.clamp(max=len(samples) - 1)
-            vector, square = samples[at], squares[at]
-            distance = squares - 2 * (samples @ vector[0]) + square
-            # what is left of equal ones by rounding is no distance
-            distance = torch.where(distance > 1e-5 * (squares + square), distance, 0.0)
-            weights = distance if number == 0 else torch.minimum(weights, distance)
-            chosen.append(vector)
-    return torch.cat(chosen)

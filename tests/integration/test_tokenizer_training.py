@@ -45,13 +45,13 @@ def taught_by(teacher: str, *words: str) -> list[str]:
     return [TAUGHT[0] % teacher, *TAUGHT[1:], *words]
 
 
-def teacher_folder(folder: Path, **options: Any) -> str:
+def teacher_folder(folder: Path, *, mean: tuple[float, ...] = (0.4, 0.5, 0.6), **options: Any) -> str:
     """A tiny ViT of timm by its name."""
     folder.mkdir(exist_ok=True)
     network = randomize(VisionTransformer(**SIZES, **options))
     save_file(network.state_dict(), folder / "model.safetensors")
     facts = {"architecture": "vit_tiny_patch16_224", "num_classes": 4, "model_args": SIZES | options}
-    pretrained_cfg = {"input_size": [3, 16, 16], "num_classes": 4, "mean": [0.4, 0.5, 0.6]}
+    pretrained_cfg = {"input_size": [3, 16, 16], "num_classes": 4, "mean": mean}
     (folder / "config.json").write_text(json.dumps(facts | {"pretrained_cfg": pretrained_cfg}))
     return f"timm:local-dir:{folder}"
 
@@ -120,6 +120,35 @@ def test_images_have_the_teachers_channels_or_are_grey(channels: int, tmp_path: 
     else:
         prepare: Any = TokenizerTraining(config).create(torch.device("cpu"), is_new=True).prepare
         assert prepare._teacher(torch.rand(2, channels, 16, 16)).shape == (2, 16, 192)
+
+
+@pytest.mark.parametrize(
+    ("channels", "mean", "fitting"),
+    [
+        (1, (0.4, 0.5, 0.6), (0.5,)),
+        (1, (0.4,), (0.4,)),
+        (3, (0.4,), (0.4, 0.4, 0.4)),
+    ],
+    ids=str,
+)
+def test_mean_of_other_channels_than_the_teachers_is_averaged(
+    channels: int, mean: tuple[float, ...], fitting: tuple[float, ...], tmp_path: Path
+) -> None:
+    """timm keeps what was published of 3 channels where a network was made for one."""
+    source = teacher_folder(tmp_path / "teacher", mean=mean, in_chans=channels)
+    numbers = [0.5] * channels
+    words = [f"data.channels={channels}", f"data.mean={numbers}", f"data.std={numbers}"]
+    config = tokenizer_config(tmp_path / "run", *taught_by(source, *words))
+    prepare: Any = TokenizerTraining(config).create(torch.device("cpu"), is_new=True).prepare
+    teacher = prepare._teacher
+    assert teacher.channels == channels
+    images = torch.rand(2, channels, 16, 16)
+    network = timm.create_model(source.removeprefix("timm:"), pretrained=True).eval()
+    normal = (images - torch.tensor(fitting)[:, None, None]) / teacher.normalize.std
+    torch.testing.assert_close(teacher(images), network.forward_features(normal)[:, 1:])
+    five = ["data.channels=5", "data.mean=measured", "data.std=measured"]
+    with pytest.raises(ValueError, match=rf"takes {channels} channel\(s\), and data.channels is 5"):
+        TokenizerTraining(tokenizer_config(tmp_path / "run", *taught_by(source, *five)))
 
 
 @pytest.mark.parametrize("kind", ["timm", "run"])

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from mpm import distributed
+from mpm.tokenizers import clustering
 from mpm.tokenizers import codebook as module
 from mpm.tokenizers.codebook import Codebook, Metric, code_metrics
 
@@ -80,7 +81,7 @@ def test_chunks_do_not_change_the_codes(metric: Metric, monkeypatch: pytest.Monk
     whole = codebook.nearest(x)
     shapes = []
     addmm = torch.addmm
-    monkeypatch.setattr(module, "_MOST_DISTANCES", 1000)
+    monkeypatch.setattr(clustering, "_MOST_DISTANCES", 1000)
     monkeypatch.setattr(torch, "addmm", lambda *args: shapes.append(len(args[1])) or addmm(*args))
     assert codebook.nearest(x).equal(whole)
     assert max(shapes) * 50 <= 1000
@@ -283,15 +284,6 @@ def test_a_start_without_iterations_is_distinct_samples_even_where_most_repeat()
     codebook.start(x, seed=0, iterations=0)
     assert len(codebook.vectors.unique(dim=0)) == 10
     assert all((x == vector).all(1).any() for vector in codebook.vectors)
-
-
-def test_empty_clusters_are_filled_with_the_farthest_samples() -> None:
-    samples = torch.tensor([[0.0], [1], [10], [14], [40], [40]])
-    repeated = torch.tensor([False, False, False, False, False, True])
-    vectors = torch.tensor([[0.0], [100], [15], [200]])
-    moved = module._cluster(samples, repeated, vectors, "euclidean")
-    # [0] has 0 and 1; [15] has 10, 14 and twice 40; farthest from theirs: 40 by 25, 10 by 5
-    assert moved.flatten().tolist() == [0.5, 40, 26, 10]
 
 
 def test_fewer_samples_than_codes_leave_codes_to_later_batches() -> None:
