@@ -36,11 +36,13 @@ class ReadTeacher(NamedTuple):
         teacher: images in [0,1] to logits.
         identity: digest of its weights as they were read: resampling them rounds by the machine.
         told: what the log says of it.
+        key: the configuration's, that names it.
     """
 
     teacher: ClassTeacher
     identity: str
     told: str
+    key: str
 
 
 class _Network(NamedTuple):
@@ -92,7 +94,8 @@ def read_teacher(config: FinetuneConfig, classes: Sequence[str]) -> ReadTeacher 
         interpolation=read.interpolation,
         dtype=build.dtype(config.optim),
     )
-    return ReadTeacher(teacher, read.identity, f"{name.partition(' ')[2]}, {_times(size)} px")
+    key, _, value = name.partition(" ")
+    return ReadTeacher(teacher, read.identity, f"{value}, {_times(size)} px", key)
 
 
 def open_answers(config: FinetuneConfig, taught: ReadTeacher | None, images: ImageSource) -> RowCache | None:

@@ -111,7 +111,7 @@ def _finetune(
     )
     known: dict[str, Any] = {"images": len(data.train), "classes": list(data.classes)}
     if taught is not None:
-        known["teacher"] = taught.identity
+        known[taught.key] = taught.identity
     start, metadata = run.restore(
         objective=objective, optimizer=optimizer, reporter=reporter, ema=ema, data=known
     )

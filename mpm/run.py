@@ -266,7 +266,7 @@ class Run:
         """What is not as when the run began."""
         if name in ("images", "classes"):
             what = f"the training data has other {name} than when {self.folder} began"
-        elif name.startswith("objective."):  # a digest tells nobody anything
+        elif "." in name:  # a digest tells nobody anything
             path = functools.reduce(getattr, name.split("."), self.config)
             return f"{name} {path} has other weights than when {self.folder} began: trained on, or replaced"
         else:
