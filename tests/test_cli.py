@@ -165,6 +165,7 @@ def test_failed_prediction_leaves_the_file_that_was_there(
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.slow
 def test_paths_that_are_not_utf8_are_told_and_listed_with_their_bytes(
     commands: CommandLine, finetuned: Path, photos: Path, tmp_path: Path
 ) -> None:

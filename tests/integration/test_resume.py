@@ -227,7 +227,8 @@ def test_training_processes_save_and_exit_with_0_where_torchrun_is_told_to_stop(
     assert saved_step(folder) >= 2 * SAVE_EVERY
 
 
-@pytest.mark.parametrize("script", ["pretrain.py", pytest.param("finetune.py", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py"])
 def test_a_step_is_saved_once_where_a_run_is_stopped(
     script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
