@@ -220,6 +220,10 @@ def test_accuracy_is_the_same_where_processes_do_not_divide_the_test_images(
     assert_same_training(one, several, but="classifier.readout.norm.bias")  # before a batch norm
     results = [json.loads((folder / "result.json").read_text()) for folder in (one, several)]
     assert results[0]["test"]["count"] == results[1]["test"]["count"] == 65
+    calibration = [
+        result["test"].pop("calibration_error") for result in results
+    ]  # of probabilities, which round
+    assert calibration[0] == pytest.approx(calibration[1], abs=1e-4)
     assert results[0] == results[1]
     assert [line.get("val/model_top1") for line in metrics(one)] == [
         line.get("val/model_top1") for line in metrics(several)
