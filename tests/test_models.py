@@ -71,7 +71,7 @@ MASKED = {
 }
 
 
-SMALL = 24  # blocks and more take their time to build; those are slow tests
+SMALL = 13  # blocks and more take their time to build; those are slow tests
 
 
 def by_depth(name: str, blocks: int, *values) -> object:

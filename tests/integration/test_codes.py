@@ -42,9 +42,8 @@ def stopped_and_not(config: PretrainConfig | TokenizerConfig, folder: Path) -> t
     return Path(config.run.output_dir), one_go
 
 
-@pytest.mark.parametrize(
-    "name", ["kmeans", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dvae", "vqkd"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kmeans", "dvae", "vqkd"])
 def test_stopped_tokenizer_ends_as_an_uninterrupted_one(name: str, tmp_path: Path) -> None:
     """Codebook, its moving use and, of Gumbel noise, the generator included."""
     words = [*TOKENIZERS[name], "optim.steps=7", "run.micro_batch=16"]
@@ -52,9 +51,8 @@ def test_stopped_tokenizer_ends_as_an_uninterrupted_one(name: str, tmp_path: Pat
     assert_identical(everything_saved(stopped), everything_saved(one_go))
 
 
-@pytest.mark.parametrize(
-    "name", ["beit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("beitv2", "hog", "latent"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["beit", "beitv2", "hog", "latent"])
 def test_stopped_objective_ends_as_an_uninterrupted_one(name: str, tokenizers: Path, tmp_path: Path) -> None:
     words = {
         "beit": codes_of(tokenizers / "dvae"),
@@ -114,6 +112,7 @@ def test_class_pretraining_sums_two_cross_entropies_and_leaves_a_network(
     )
 
 
+@pytest.mark.slow
 def test_codes_of_a_networks_features_keep_the_network(tmp_path: Path) -> None:
     pretrain(pretrain_config(tmp_path / "network", "optim.steps=6", "data.mean=[0.4, 0.5, 0.6]"))
     words = [FEATURES % (tmp_path / "network"), "optim.steps=4"]

@@ -36,6 +36,7 @@ def stopped_and_not(folder: Path, *words: str) -> tuple[Path, Path]:
     return stopped, one_go
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -48,7 +49,6 @@ def stopped_and_not(folder: Path, *words: str) -> tuple[Path, Path]:
                 "distillation.kind=soft",
             ],
             id="soft, second query",
-            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -119,6 +119,7 @@ def _shape(folder: Path) -> tuple[int, ...]:
     return network.channels, *network.image_size
 
 
+@pytest.mark.slow
 def test_cait_is_fine_tuned_at_a_higher_resolution_with_its_class_attention(tmp_path: Path) -> None:
     model = randomize(
         Cait(img_size=16, patch_size=4, embed_dim=96, depth=2, num_heads=2, num_classes=CLASSES)

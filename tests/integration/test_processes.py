@@ -257,13 +257,15 @@ def test_every_parameter_has_a_gradient_under_ddp(
     assert without == []
 
 
-@pytest.mark.parametrize("name", ["mae, hmlp stem", pytest.param("fine-tuning", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mae, hmlp stem", "fine-tuning"])
 def test_four_micro_batches_equal_one_batch(name: str, tmp_path: Path) -> None:
     train(name, tmp_path / "whole")
     train(name, tmp_path / "parts", "run.micro_batch=8")
     assert_same_training(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_two_workers_equal_none_bit_by_bit(tmp_path: Path) -> None:
     words = ["data.color_jitter=0.4", "backbone.drop_path=0.3", HMLP % "batch"]
     for workers in (0, 2):

@@ -85,7 +85,7 @@ def test_other_images_are_fine_tuned_on(words: list[str], pretrained: Path, tmp_
     ("method", "stem"),
     [
         ("mae", "hmlp"),
-        ("simmim", "conv"),
+        pytest.param("simmim", "conv", marks=pytest.mark.slow),
         pytest.param("mae", "conv", marks=pytest.mark.slow),
         pytest.param("simmim", "hmlp", marks=pytest.mark.slow),
     ],
