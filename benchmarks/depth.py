@@ -30,7 +30,6 @@ import torch
 from benchmarks.measuring import Results
 from benchmarks.runs import Job, curve, known, mean_and_deviation, run_grid, train
 
-
 FASHION: dict[str, Any] = {"kind": "torchvision", "name": "FashionMNIST", "root": "data"}
 VIEW = {"image_size": 28, "channels": 1, "mean": [0.2860], "std": [0.3530]}
 PATCH_SIZE, STEPS, SEARCH_STEPS = 7, 1000, 500
