@@ -17,10 +17,11 @@ from mpm.data.datasets import ImageSource
 from mpm.data.rows import RowCache
 from mpm.data.substitution import images_digest
 from mpm.interop.timm_hub import create_timm
-from mpm.network import holds_timm, load, read_trunk
+from mpm.network import load
 from mpm.objectives.teachers import ClassTeacher, own_size, published_normalize, takes_any_grid
 from mpm.patchify.pixels import Normalize
 from mpm.tokenization import digest
+from mpm.trunk import holds_timm, read_trunk
 
 __all__ = ["ReadTeacher", "answer_fingerprint", "open_answers", "read_teacher"]
 

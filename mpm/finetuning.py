@@ -24,7 +24,6 @@ from mpm.evaluation.accuracy import SCORES, Accuracy, confusion_picture, evaluat
 from mpm.heads import compare_heads
 from mpm.inheritance import has_fresh_readout, inherit, start_from, with_data
 from mpm.labelled import LabelledData, open_labelled
-from mpm.network import read_trunk
 from mpm.objectives.distillation import Distillation
 from mpm.objectives.supervised import Classification
 from mpm.patchify.norms import recalibrate
@@ -34,6 +33,7 @@ from mpm.training.ceiling import matmul_flops_per_s
 from mpm.training.ema import create_ema
 from mpm.training.loop import StopRequest, train_steps
 from mpm.training.reporting import Reporter
+from mpm.trunk import read_trunk
 
 __all__ = ["finetune"]
 

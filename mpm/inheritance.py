@@ -8,7 +8,7 @@ from torch import Tensor
 from mpm import configfile
 from mpm.backbones.classifier import Classifier
 from mpm.config import ClassAttentionReadout, FinetuneConfig, Positions, Readout, TokenReadout
-from mpm.network import Trunk
+from mpm.trunk import Trunk
 
 __all__ = ["has_fresh_readout", "inherit", "start_from", "with_data"]
 

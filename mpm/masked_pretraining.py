@@ -16,7 +16,6 @@ from mpm.data.substitution import Substituting, images_digest
 from mpm.data.views import EvalView
 from mpm.experiment import Parts
 from mpm.monitoring import Monitor, code_views
-from mpm.network import Trunk, read_trunk
 from mpm.objectives.cost import masked_macs
 from mpm.objectives.latent import LatentPrediction
 from mpm.objectives.masked import MaskedPrediction
@@ -27,6 +26,7 @@ from mpm.patchify.pixels import Normalize, to_unit
 from mpm.tokenization import digest, read_tokenizer
 from mpm.tokenizers.base import Tokenizer
 from mpm.tokenizers.use import CodeUse, code_use
+from mpm.trunk import Trunk, read_trunk
 
 __all__ = ["MaskedPretraining", "code_fingerprint", "code_target"]
 

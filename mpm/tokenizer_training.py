@@ -19,11 +19,11 @@ from mpm.experiment import Parts
 from mpm.imported import TIMM
 from mpm.interop.timm_hub import OutOfReach, create_timm
 from mpm.monitoring import CodeMonitor
-from mpm.network import Trunk, read_trunk
 from mpm.objectives import teachers
 from mpm.objectives.prepare import PrepareTokenizer
 from mpm.patchify.pixels import Normalize
 from mpm.tokenization import digest
+from mpm.trunk import Trunk, read_trunk
 
 __all__ = ["TokenizerTraining"]
 

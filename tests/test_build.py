@@ -13,11 +13,11 @@ from mpm.config import Backbone as BackboneConfig
 from mpm.config import FinetuneConfig, PretrainConfig, TokenizerConfig
 from mpm.configfile import load
 from mpm.inheritance import inherit
-from mpm.network import Trunk
 from mpm.objectives.masked import MaskedInputs, MaskedPrediction
 from mpm.objectives.tokenizer_inputs import TokenizerInputs
 from mpm.patchify.masks import PatchMask
 from mpm.patchify.pixels import Normalize
+from mpm.trunk import Trunk
 
 ROOT = Path(__file__).parents[1] / "configs"
 NAMES = [str(path.relative_to(ROOT).with_suffix("")) for path in sorted(ROOT.rglob("*.yaml"))]

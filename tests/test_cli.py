@@ -395,7 +395,7 @@ def test_crash_of_ours_keeps_its_traceback(
     def broken(options: object) -> None:
         np.zeros(3).reshape(2)
 
-    monkeypatch.setitem(cli._COMMANDS, "config", broken)
+    monkeypatch.setitem(cli.COMMANDS, "config", broken)
     with pytest.raises(ValueError, match="cannot reshape"):
         cli.main(["config", str(DEBUG)])
 

@@ -9,9 +9,9 @@ import torch
 import mpm
 from mpm import build, checkpoint
 from mpm.finetuning import finetune
-from mpm.network import part_of
 from mpm.patchify.pixels import Normalize
 from mpm.pretraining import pretrain
+from mpm.trunk import part_of
 from tests.integration.settings import SCRATCH, finetune_config, pretrain_config
 
 SHORT = ["optim.steps=1", "optim.warmup_steps=0"]

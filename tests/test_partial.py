@@ -16,8 +16,8 @@ from mpm.checkpoint import load
 from mpm.commands.exporting import subject_of
 from mpm.configfile import ConfigError
 from mpm.finetuning import finetune
-from mpm.network import read_trunk
 from mpm.pretraining import pretrain
+from mpm.trunk import read_trunk
 from tests.integration.runs import assert_identical, everything_saved, metrics
 from tests.integration.settings import HMLP, SCRATCH, finetune_config, pretrain_config
 

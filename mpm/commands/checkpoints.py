@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpm import configfile
-from mpm.commands.words import FREE_TO_CHANGE
 from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig, TokenizerConfig
 
-__all__ = ["need_classes", "tested"]
+__all__ = ["FREE_TO_CHANGE", "need_classes", "tested"]
+
+FREE_TO_CHANGE = ("run", "data.test", "data.test_crop", "data.interpolation")  # when evaluating
 
 
 def need_classes(checkpoint: Path) -> None:

@@ -7,7 +7,7 @@ from mpm import configfile
 from mpm.config import ImportedConfig, PixelTarget, PretrainConfig, TokenizerConfig
 from mpm.interop.export import export
 from mpm.interop.inference import Subject
-from mpm.network import read_trunk
+from mpm.trunk import read_trunk
 
 __all__ = ["export_checkpoint", "subject_of"]
 

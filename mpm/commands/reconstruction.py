@@ -15,7 +15,6 @@ from mpm.commands.inference import ImageFiles, image_files, readable_views
 from mpm.config import CodeTarget, FolderSource, LatentTarget, PretrainConfig
 from mpm.data.channels import to_unit_range
 from mpm.data.views import EvalView
-from mpm.network import config_of
 from mpm.objectives.masked import MaskedPrediction
 from mpm.objectives.pictures import reconstructions
 from mpm.objectives.targets import Target
@@ -24,6 +23,7 @@ from mpm.patchify.pixels import Normalize
 from mpm.run import write_picture
 from mpm.tokenization import read_tokenizer
 from mpm.tokenizers.use import code_use
+from mpm.trunk import config_of
 
 __all__ = ["reconstruct"]
 

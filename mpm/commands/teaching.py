@@ -14,9 +14,9 @@ from mpm.data.rows import check_place
 from mpm.distillation import answer_fingerprint, read_teacher
 from mpm.inheritance import inherit
 from mpm.labelled import open_labelled
-from mpm.network import read_trunk
 from mpm.run import log_facts, started
 from mpm.training.loop import StopRequest
+from mpm.trunk import read_trunk
 
 __all__ = ["teach"]
 

@@ -9,9 +9,10 @@ import torch
 
 from mpm import build, checkpoint
 from mpm.config import PretrainConfig, TokenizerConfig
-from mpm.network import load, read_trunk
+from mpm.network import load
 from mpm.pretraining import pretrain
 from mpm.tokenization import read_tokenizer
+from mpm.trunk import read_trunk
 from tests.integration.runs import assert_identical, everything_saved, metrics
 from tests.integration.settings import (
     CLASS_PRETRAINING,

@@ -10,7 +10,7 @@ import mpm
 from mpm import checkpoint
 from mpm.commands.teaching import teach
 from mpm.finetuning import finetune
-from mpm.network import read_trunk
+from mpm.trunk import read_trunk
 from tests.integration.runs import assert_identical, everything_saved, metrics
 from tests.integration.settings import DISTILLED, finetune_config
 

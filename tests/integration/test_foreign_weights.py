@@ -18,9 +18,9 @@ import mpm
 from mpm import checkpoint, cli
 from mpm.finetuning import finetune
 from mpm.imported import fetch, write_imported
-from mpm.network import Trunk, read_trunk
 from mpm.objectives.predictors import DecoderPredictor
 from mpm.pretraining import pretrain
+from mpm.trunk import Trunk, read_trunk
 from tests.integration.settings import codes_of, finetune_config, pretrain_config, tokenizer_config
 from tests.networks import randomize
 
