@@ -1,12 +1,10 @@
 """Fine-tuning, from a configuration to a tested classifier: build, then one loop as in pretraining."""
 
-import json
 import logging
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mpm import build, distributed, partial
 from mpm.backbones.classifier import Classifier
@@ -15,20 +13,17 @@ from mpm.backbones.timm_classifier import TimmClassifier
 from mpm.backbones.tuning import tune
 from mpm.config import FinetuneConfig
 from mpm.data.datasets import ImageSource
-from mpm.data.loading import BatchLoader, eval_loader
+from mpm.data.loading import eval_loader
 from mpm.data.subsets import Subset
 from mpm.data.substitution import Substituting
 from mpm.data.views import EvalView
 from mpm.distillation import open_answers, read_teacher
-from mpm.evaluation.accuracy import SCORES, Accuracy, confusion_picture, evaluate
-from mpm.heads import compare_heads
 from mpm.inheritance import has_fresh_readout, inherit, start_from, with_data
-from mpm.labelled import LabelledData, open_labelled
-from mpm.objectives.distillation import Distillation
-from mpm.objectives.supervised import Classification
+from mpm.labelled import open_labelled
 from mpm.patchify.norms import recalibrate
 from mpm.patchify.pixels import Moments, Normalize, to_unit
-from mpm.run import Run, compile_blocks, log_facts, parallel, seed_everything, started, write_picture
+from mpm.run import Run, compile_blocks, log_facts, parallel, seed_everything, started
+from mpm.scoring import Scoring
 from mpm.training.ceiling import matmul_flops_per_s
 from mpm.training.ema import create_ema
 from mpm.training.loop import StopRequest, train_steps
@@ -162,6 +157,7 @@ def _finetune(
         dtype=build.dtype(optim),
         ema=ema,
     )
+    scoring = Scoring(config, normalize, device)
     evaluate_every = config.evaluate_every or schedule.per_epoch
     stopping = False
 
@@ -190,10 +186,10 @@ def _finetune(
         if data.val is not None and is_time:
             reporter.check_finite(step)
             with reporter.paused():
-                scores = _scores(objective, ema, data.val, config, normalize, device)
+                scores = scoring.accuracies(objective, ema, data.val)
                 numbers = {f"{name}_top1": s.top1 for name, s in scores.items()}
                 some = Subset(data.val, range(0, len(data.val), -(-len(data.val) // _COMPARED)))
-                heads = compare_heads(objective.classifier, _loader(some, config), normalize)
+                heads = scoring.heads(objective, some)
                 if heads is not None:
                     numbers |= {f"cosine_{place}": value for place, value in heads.cosine.items()}
                 reporter.scalars(step, numbers, prefix="val/")
@@ -208,7 +204,7 @@ def _finetune(
             break
     is_done = not stopping and last == schedule.steps
     if is_done and data.test is not None and not run.has("result.json"):
-        _test(run, objective, ema, data, config, normalize, device)
+        scoring.test(run, objective, ema, data)
     reporter.close()
     return is_done and not distributed.any_rank(stop.requested)
 
@@ -249,76 +245,6 @@ def _recalibrate_stem(
     some = islice(loader, min(whole, _RECALIBRATION_BATCHES))
     batches = (normalize(to_unit(batch.images, device)) for batch in some)
     recalibrate(network.backbone.get_submodule("stem"), batches)
-
-
-def _scores(
-    objective: Classification | Distillation,
-    ema: Any,
-    images: ImageSource,
-    config: FinetuneConfig,
-    normalize: Normalize,
-    device: torch.device,
-) -> dict[str, Accuracy]:
-    """Accuracy of the trained weights and, where there is one, of their average, in float32."""
-    loader = _loader(images, config)
-    candidates = {"model": objective} | ({"ema": ema.module} if ema is not None else {})
-    scores = {}
-    for name, candidate in candidates.items():
-        was_training = candidate.training
-        candidate.eval()
-
-        def predict(batch: Tensor, network: Any = candidate.classifier) -> Tensor:
-            scores: Tensor = network.predict(normalize(to_unit(batch, device)))
-            return scores
-
-        with torch.no_grad():
-            scores[name] = evaluate(predict, loader, num_classes=len(images.classes or ()), device=device)
-        candidate.train(was_training)
-    return scores
-
-
-def _loader(images: ImageSource, config: FinetuneConfig) -> BatchLoader:
-    view = EvalView(_image_size(config), crop=config.data.test_crop, interpolation=config.data.interpolation)
-    return eval_loader(images, view, batch_size=_EVALUATION_BATCH, workers=config.run.workers)
-
-
-def _test(
-    run: Run,
-    objective: Classification | Distillation,
-    ema: Any,
-    data: LabelledData,
-    config: FinetuneConfig,
-    normalize: Normalize,
-    device: torch.device,
-) -> None:
-    """Look at the test images once, with the checkpoint that validation chose (else with the last)."""
-    assert data.test is not None
-    chosen = partial.load(run.folder)
-    objective.load_state_dict(chosen.model)
-    if ema is not None and chosen.ema is not None:
-        ema.module.load_state_dict(chosen.ema)
-    scores = _scores(objective, ema, data.test, config, normalize, device)
-    weights = chosen.metadata["weights"]
-    better = ema.module if weights == "ema" else objective
-    heads = compare_heads(better.classifier, _loader(data.test, config), normalize)
-    if not distributed.is_main():
-        return
-    score = scores[weights]
-    result = {
-        "test": {name: getattr(score, name) for name in SCORES},
-        "top1_of_weights": {name: s.top1 for name, s in scores.items()},
-        **({} if heads is None else {"heads": heads._asdict()}),
-        "weights": weights,
-        "step": chosen.step,
-        "seed": config.seed,
-        "train_images": len(data.train),
-        "init": config.init.checkpoint if config.init else None,
-    }
-    write_picture(run.folder / "confusion.png", confusion_picture(score.confusion, data.classes))
-    new = run.folder / "result.json.partial"
-    new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    new.replace(run.folder / "result.json")  # last: it says that the test was done
-    log.info("test images, step %d, %s weights:\n%s", chosen.step, weights, score.table(data.classes))
 
 
 def _moments(config: FinetuneConfig, images: ImageSource) -> Moments:

@@ -3,8 +3,8 @@
 from typing import Any
 
 from mpm.commands.checkpoints import FREE_TO_CHANGE
-from mpm.commands.words.common import add, add_checkpoint, add_device, add_images, add_overrides, add_workers
 from mpm.commands.words.kinds import checkpoint_or_override, existing, folder, natural, output, sides
+from mpm.commands.words.options import add, add_checkpoint, add_device, add_images, add_overrides, add_workers
 
 
 def _add_predict(commands: Any) -> None:

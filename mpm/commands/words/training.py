@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from mpm.commands.words.common import add, add_overrides
+from mpm.commands.words.options import add, add_overrides
 
 
 def _add_training(commands: Any) -> None:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from mpm.commands.words.common import add, add_checkpoint, add_overrides
 from mpm.commands.words.kinds import existing, natural, sides, utf8_path
+from mpm.commands.words.options import add, add_checkpoint, add_overrides
 
 
 def _add_models(commands: Any) -> None:
