@@ -18,7 +18,6 @@ differs between two networks, and the rate: each kind has the best of three, Lay
 Needs data/FashionMNIST (scripts/fetch_fashion_mnist.py).
 """
 
-import argparse
 import itertools
 from collections.abc import Iterator
 from functools import partial
@@ -28,11 +27,10 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.measuring import Results
-from benchmarks.runs import Job, curve, known, mean_and_deviation, run_grid, train
+from benchmarks.runs import Job, curve, grid_parser, known, mean_and_deviation, run_grid, train
+from benchmarks.small_images import labelled
 
-FASHION: dict[str, Any] = {"kind": "torchvision", "name": "FashionMNIST", "root": "data"}
-VIEW = {"image_size": 28, "channels": 1, "mean": [0.2860], "std": [0.3530]}
-PATCH_SIZE, STEPS, SEARCH_STEPS = 7, 1000, 500
+IMAGE_SIZE, PATCH_SIZE, STEPS, SEARCH_STEPS = 28, 7, 1000, 500
 DIM, HEADS, BATCH = 48, 4, 32
 LAYER_SCALE = {24: 1e-5, 36: 1e-6}
 CLASS_BLOCKS = 2
@@ -85,14 +83,7 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     steps = SEARCH_STEPS if cell.grid == "rates" else STEPS
     config = {
         **network(cell),
-        "data": {
-            **VIEW,
-            "train": FASHION,
-            "val": {"fraction": 0.02},
-            "crop_scale": [0.6, 1.0],
-            "test_crop": 1.0,
-            **({} if cell.grid == "rates" else {"test": FASHION | {"split": "test"}}),
-        },
+        "data": labelled("fashion_mnist", image_size=IMAGE_SIZE, held_out=0.02, search=cell.grid == "rates"),
         "optim": {
             "steps": steps,
             "batch_size": BATCH,
@@ -152,14 +143,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Deep, thin networks from scratch.")
-    parser.add_argument("grid", choices=list(GRIDS))
-    parser.add_argument("--runs", type=Path, default=Path("runs/depth"))
-    parser.add_argument("--out", type=Path, required=True, help="file of results, a JSON line a cell")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--parallel", type=int, default=2, help="cells at a time, one thread each")
-    parser.add_argument("--only", help="cells whose name holds this")
-    parser.add_argument("--table", action="store_true", help="say what is finished, run nothing")
+    parser = grid_parser("Deep, thin networks from scratch.", GRIDS, runs="runs/depth")
     options = parser.parse_args()
     records = known(options.out)
     cells = [cell for cell in GRIDS[options.grid](options.seeds) if (options.only or "") in cell.name]

@@ -12,7 +12,6 @@ thread each. Needs data/FashionMNIST (scripts/fetch_fashion_mnist.py) and data/c
 (scripts/shrink_images.py).
 """
 
-import argparse
 import statistics
 from collections.abc import Iterator
 from functools import partial
@@ -22,41 +21,23 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.measuring import Results
-from benchmarks.runs import Job, known, run_grid, train
+from benchmarks.runs import Job, grid_parser, known, run_grid, train
+from benchmarks.small_images import labelled
 
 
 class Data(NamedTuple):
-    """A data set: its views, and how long is trained."""
+    """What differs between the data sets, and how long is trained."""
 
-    view: dict[str, Any]
-    train: dict[str, Any]
-    test: dict[str, Any]
+    image_size: int
     patch_size: int
     labels: int
     steps: int
     teacher_steps: int
 
 
-FASHION = {"kind": "torchvision", "name": "FashionMNIST", "root": "data"}
 DATA = {
-    "fashion_mnist": Data(
-        view={"image_size": 28, "channels": 1, "mean": [0.2860], "std": [0.3530]},
-        train=FASHION,
-        test=FASHION | {"split": "test"},
-        patch_size=7,
-        labels=5000,
-        steps=1500,
-        teacher_steps=1500,
-    ),
-    "clipart": Data(
-        view={"image_size": 64, "channels": 3, "mean": "measured", "std": "measured"},
-        train={"kind": "folder", "root": "data/clipart/train"},
-        test={"kind": "folder", "root": "data/clipart/test"},
-        patch_size=16,
-        labels=2000,
-        steps=1000,
-        teacher_steps=800,
-    ),
+    "fashion_mnist": Data(28, 7, labels=5000, steps=1500, teacher_steps=1500),
+    "clipart": Data(64, 16, labels=2000, steps=1000, teacher_steps=800),
 }
 BATCH, SEARCH_SEED = 64, 100
 TEACHER, TEACHER_LR = "test_resnet", 4e-3  # 0.4 M parameters
@@ -102,15 +83,11 @@ def student(architecture: str, patch_size: int, *, with_token: bool) -> dict[str
 def common(cell: Cell, steps: int) -> dict[str, Any]:
     """What teacher and student share. A search looks at held-out training images, never at the test's."""
     data = DATA[cell.data]
-    looked_at = {"val": {"fraction": 0.25}} if cell.grid == "rates" else {"test": data.test}
+    search = cell.grid == "rates"
     return {
-        "data": {
-            **data.view,
-            "train": data.train,
-            "crop_scale": [0.6, 1.0],
-            "test_crop": 1.0,
-            **looked_at,
-        },
+        "data": labelled(
+            cell.data, image_size=data.image_size, held_out=0.25 if search else 0.0, search=search
+        ),
         "labels": {"count": data.labels, "seed": cell.seed},
         "optim": {
             "steps": steps,
@@ -119,7 +96,7 @@ def common(cell: Cell, steps: int) -> dict[str, Any]:
             "warmup_steps": steps // 10,
             "clip_norm": 3.0,
         },
-        "evaluate_every": steps if cell.grid == "rates" else 100_000,
+        "evaluate_every": steps if search else 100_000,
     }
 
 
@@ -207,14 +184,7 @@ def spread(values: list[float], unit: float = 1.0) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Distillation on small networks.")
-    parser.add_argument("grid", choices=GRIDS)
-    parser.add_argument("--runs", type=Path, default=Path("runs/distillation"))
-    parser.add_argument("--out", type=Path, required=True, help="file of results, a JSON line a cell")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--parallel", type=int, default=2, help="cells at a time, one thread each")
-    parser.add_argument("--only", help="cells whose name holds this")
-    parser.add_argument("--table", action="store_true", help="say what is finished, run nothing")
+    parser = grid_parser("Distillation on small networks.", GRIDS, runs="runs/distillation")
     options = parser.parse_args()
     cells = [cell for cell in GRIDS[options.grid](options.seeds) if (options.only or "") in cell.name]
     records = known(options.out)

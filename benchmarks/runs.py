@@ -4,6 +4,7 @@ A cell is one line of the results. Finished cells are passed over and stopped on
 command goes on after any stop.
 """
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -24,6 +25,19 @@ class Job(NamedTuple):
 
     record: dict[str, Any]
     run: Callable[[], dict[str, Any]]
+
+
+def grid_parser(description: str, grids: Iterable[str], *, runs: str) -> argparse.ArgumentParser:
+    """Options of a script of grids, whose runs lie in the folder `runs`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("grid", choices=list(grids))
+    parser.add_argument("--runs", type=Path, default=Path(runs))
+    parser.add_argument("--out", type=Path, required=True, help="file of results, a JSON line a cell")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--parallel", type=int, default=2, help="cells at a time, one thread each")
+    parser.add_argument("--only", help="cells whose name holds this")
+    parser.add_argument("--table", action="store_true", help="say what is finished, run nothing")
+    return parser
 
 
 def known(out: Path) -> list[dict[str, Any]]:

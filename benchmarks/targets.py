@@ -14,7 +14,6 @@ after any stop. Cells run on one thread each. Needs data/FashionMNIST (scripts/f
 data/clipart (scripts/shrink_images.py).
 """
 
-import argparse
 import statistics
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -24,47 +23,25 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.measuring import Results
-from benchmarks.runs import Job, known, mean_and_deviation, run_grid, train
+from benchmarks.runs import Job, grid_parser, known, mean_and_deviation, run_grid, train
+from benchmarks.small_images import labelled, unlabelled
 
 
 class Data(NamedTuple):
-    """A data set: its views, and how long is trained."""
+    """What differs between the data sets, and how long is trained."""
 
-    view: dict[str, Any]
-    train: dict[str, Any]
-    test: dict[str, Any]
+    image_size: int
     patch_size: int
     mae_ratio: float  # a grid of 4x4 leaves four patches at 0.75
     dvae_view: int  # pixels a side: a dVAE of three layers has a code for 8, whatever a patch is
-    labels: dict[str, int] | None
+    labels: int
     pretrain_steps: int
     finetune_steps: int
 
 
-FASHION = {"kind": "torchvision", "name": "FashionMNIST", "root": "data"}
 DATA = {
-    "fashion_mnist": Data(
-        view={"image_size": 28, "channels": 1, "mean": [0.2860], "std": [0.3530]},
-        train=FASHION,
-        test=FASHION | {"split": "test"},
-        patch_size=7,
-        mae_ratio=0.6,
-        dvae_view=32,
-        labels={"count": 1000},
-        pretrain_steps=1500,
-        finetune_steps=800,
-    ),
-    "clipart": Data(
-        view={"image_size": 64, "channels": 3, "mean": "measured", "std": "measured"},
-        train={"kind": "folder", "root": "data/clipart/train"},
-        test={"kind": "folder", "root": "data/clipart/test"},
-        patch_size=16,
-        mae_ratio=0.6,
-        dvae_view=32,
-        labels={"count": 1000},
-        pretrain_steps=2000,
-        finetune_steps=800,
-    ),
+    "fashion_mnist": Data(28, 7, 0.6, 32, labels=1000, pretrain_steps=1500, finetune_steps=800),
+    "clipart": Data(64, 16, 0.6, 32, labels=1000, pretrain_steps=2000, finetune_steps=800),
 }
 SMALL = {"dim": 64, "depth": 4, "heads": 2}
 BLOCKS = {"kind": "block", "ratio": 0.4, "min_area": 2}
@@ -140,9 +117,8 @@ def tokenizer_config(data: str, codes: str) -> dict[str, Any]:
         "vqkd": (vqkd, {"steps": 600, "lr": 1e-3, "warmup_steps": 50, "clip_norm": 3.0}),
     }
     what, optim = learned[codes]
-    own_view = {"image_size": chosen.dvae_view} if what["kind"] == "dvae" else {}
     config = {
-        "data": chosen.train | chosen.view | {"crop_scale": [0.5, 1.0]} | own_view,
+        "data": unlabelled(data, chosen.dvae_view if what["kind"] == "dvae" else chosen.image_size),
         "objective": what,
         "optim": {"batch_size": TOKENIZER_BATCH, "dtype": "fp32" if codes == "kmeans" else "bf16"} | optim,
         "monitor": {"every": 100},
@@ -182,7 +158,7 @@ def run_cell(cell: Cell, folder: Path, tokenizers: Path, *, search: bool) -> dic
         pretrained = folder / cell.name / "pretrain"
         steps = data.pretrain_steps * cell.length
         config = {
-            "data": data.train | data.view | {"crop_scale": [0.5, 1.0]},
+            "data": unlabelled(cell.data, data.image_size),
             "backbone": network,
             "optim": {
                 "steps": steps,
@@ -196,13 +172,9 @@ def run_cell(cell: Cell, folder: Path, tokenizers: Path, *, search: bool) -> dic
         }
         outcome["pretrain"] = train("pretrain", config, pretrained, cell.seed, metrics=KEPT)
     config = {
-        "data": {
-            **data.view,
-            "train": data.train,
-            "crop_scale": [0.6, 1.0],
-            "test_crop": 1.0,
-            **({"val": {"fraction": 0.25}} if search else {"test": data.test}),
-        },
+        "data": labelled(
+            cell.data, image_size=data.image_size, held_out=0.25 if search else 0.0, search=search
+        ),
         "backbone": network | {"drop_path": 0.1},
         "readout": {"kind": "mean"},
         "optim": {
@@ -214,7 +186,7 @@ def run_cell(cell: Cell, folder: Path, tokenizers: Path, *, search: bool) -> dic
             "clip_norm": 3.0,
         },
         "evaluate_every": data.finetune_steps if search else 100_000,
-        **({} if data.labels is None else {"labels": data.labels | {"seed": cell.seed}}),
+        "labels": {"count": data.labels, "seed": cell.seed},
         **({} if pretrained is None else {"init": {"checkpoint": str(pretrained)}}),
     }
     outcome["finetune"] = train("finetune", config, folder / cell.name / "finetune", cell.seed, metrics=KEPT)
@@ -321,14 +293,9 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Masked targets and stems on small networks.")
-    parser.add_argument("grid", choices=["tokenizers", *GRIDS])
-    parser.add_argument("--runs", type=Path, default=Path("runs/targets"))
-    parser.add_argument("--out", type=Path, required=True, help="file of results, a JSON line a cell")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--parallel", type=int, default=2, help="cells at a time, one thread each")
-    parser.add_argument("--only", help="cells whose name holds this")
-    parser.add_argument("--table", action="store_true", help="say what is finished, run nothing")
+    parser = grid_parser(
+        "Masked targets and stems on small networks.", ["tokenizers", *GRIDS], runs="runs/targets"
+    )
     options = parser.parse_args()
     tokenizers = (options.runs / "tokenizers").absolute()
     records = known(options.out)

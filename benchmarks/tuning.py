@@ -21,7 +21,6 @@ less memory, about 10 % faster, 66 % less storage.
 Needs data/FashionMNIST (scripts/fetch_fashion_mnist.py) and data/clipart (scripts/shrink_images.py).
 """
 
-import argparse
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -32,15 +31,10 @@ import torch
 
 from benchmarks.measuring import Results, interleaved, significant
 from benchmarks.processes import StepProcess
-from benchmarks.runs import Job, known, mean_and_deviation, run_grid, train
+from benchmarks.runs import Job, grid_parser, known, mean_and_deviation, run_grid, train
+from benchmarks.small_images import labelled
 
 PARTS = ("all", "attention", "mlp", "norm", "head")
-FASHION: dict[str, Any] = {"kind": "torchvision", "name": "FashionMNIST", "root": "data"}
-CLIPART: dict[str, Any] = {"kind": "folder", "root": "data/clipart/train"}
-TESTS = {"fashion": FASHION | {"split": "test"}, "clipart": CLIPART | {"root": "data/clipart/test"}}
-TRAINS = {"fashion": FASHION, "clipart": CLIPART}
-GREY = {"channels": 1, "mean": [0.2860], "std": [0.3530]}
-COLOUR = {"channels": 3, "mean": "measured", "std": "measured"}
 NETWORK = {
     "dim": 64,
     "depth": 6,
@@ -71,8 +65,8 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "resolution": Setting(8, Stage("clipart", 48, 800), Stage("clipart", 64, 200)),
-    "transfer": Setting(7, Stage("fashion", 28, 1000), Stage("clipart", 42, 300, 1000)),
-    "back": Setting(7, Stage("clipart", 42, 800), Stage("fashion", 28, 400, 1000)),
+    "transfer": Setting(7, Stage("fashion_mnist", 28, 1000), Stage("clipart", 42, 300, 1000)),
+    "back": Setting(7, Stage("clipart", 42, 800), Stage("fashion_mnist", 28, 400, 1000)),
 }
 BASE_LR = 2e-3
 # to be found with `rates`
@@ -100,16 +94,10 @@ class Cell(NamedTuple):
 
 def config(stage: Stage, *, lr: float, seed: int, search: bool) -> dict[str, Any]:
     """Fine-tuning of a stage, without network and start."""
-    view = GREY if stage.data == "fashion" else COLOUR
     return {
-        "data": {
-            **view,
-            "image_size": stage.image_size,
-            "train": TRAINS[stage.data],
-            "crop_scale": [0.6, 1.0],
-            "test_crop": 1.0,
-            **({"val": {"fraction": 0.25}} if search else {"test": TESTS[stage.data]}),
-        },
+        "data": labelled(
+            stage.data, image_size=stage.image_size, held_out=0.25 if search else 0.0, search=search
+        ),
         "readout": {"kind": "token"},
         "optim": {
             "steps": stage.steps,
@@ -270,14 +258,7 @@ def compare(case: Case, part: str, device: torch.device, *, rounds: int, steps: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Tuning a part of a network.")
-    parser.add_argument("grid", choices=["bases", *GRIDS, "cost"])
-    parser.add_argument("--runs", type=Path, default=Path("runs/tuning"))
-    parser.add_argument("--out", type=Path, required=True, help="file of results, a JSON line a cell")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--parallel", type=int, default=2, help="cells at a time, one thread each")
-    parser.add_argument("--only", help="cells whose name holds this")
-    parser.add_argument("--table", action="store_true", help="say what is finished, run nothing")
+    parser = grid_parser("Tuning a part of a network.", ["bases", *GRIDS, "cost"], runs="runs/tuning")
     parser.add_argument("--device", default="cpu", help="of `cost`")
     parser.add_argument("--variant", default="deit3_s", help="of `cost`")
     parser.add_argument("--image-size", type=int, default=224, help="of `cost`")
