@@ -18,7 +18,7 @@ from mpm.data.rows import RowCache
 from mpm.data.substitution import images_digest
 from mpm.interop.timm_hub import create_timm
 from mpm.network import load
-from mpm.objectives.teachers import ClassTeacher, own_size, published_normalize, takes_any_grid
+from mpm.objectives.teachers import ClassTeacher, published_normalize
 from mpm.patchify.pixels import Normalize
 from mpm.tokenization import digest
 from mpm.trunk import holds_timm, read_trunk
@@ -96,7 +96,7 @@ def read_teacher(config: FinetuneConfig, classes: Sequence[str]) -> ReadTeacher 
         dtype=build.dtype(config.optim),
     )
     key, _, value = name.partition(" ")
-    return ReadTeacher(teacher, read.identity, f"{value}, {_times(size)} px", key)
+    return ReadTeacher(teacher, read.identity, f"{value}, {size[0]}x{size[1]} px", key)
 
 
 def open_answers(config: FinetuneConfig, taught: ReadTeacher | None, images: ImageSource) -> RowCache | None:
@@ -150,16 +150,7 @@ def _of_timm(
         torch.manual_seed(seed)
         network = create_timm(stated.model, pretrained=not stated.random, **arguments)
     identity = digest(network)
-    if takes_any_grid(network):
-        for side, patch in zip(size, network.patch_embed.patch_size, strict=True):
-            check_multiple(f"{_KEY}.image_size", side, patch, of=f"the teacher's patch_size {patch}")
-        network.set_input_size(img_size=size)
-    elif (own := own_size(network)) not in (None, size):
-        assert own is not None
-        raise ValueError(
-            f"{name} takes images of {_times(own)} only, not {_times(size)}; "
-            f"set {_KEY}.image_size={list(own)}"
-        )
+    build.fit_timm(network, size, name=name, key=f"{_KEY}.image_size")
     if stated.random:
         log.warning("%s has random weights, as was asked for: what it teaches means nothing", name)
     return _Network(
@@ -219,7 +210,3 @@ def _check_classes(read: _Network, classes: Sequence[str], *, name: str) -> None
             f"{name} has other classes than the data, or in another order: {differing[0]} where the data has "
             f"{differing[1]}; give a teacher of these classes"
         )
-
-
-def _times(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # its default arguments would keep a group that is there at import
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpm.launch import available_cores
 
@@ -176,6 +176,13 @@ def broadcast_object(value: Any, src: int = 0) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=src)
     return values[0]
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give every process the buffers of the first, which is what a checkpoint holds."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def differentiable_sum(tensor: Tensor) -> Tensor:

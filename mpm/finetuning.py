@@ -205,7 +205,13 @@ def _network(config: FinetuneConfig, num_classes: int) -> Classifier | TimmClass
     assert channels is not None
     if config.network is not None:
         std = config.head_init_std
-        return build.timm_classifier(config.network, channels=channels, num_classes=num_classes, head_std=std)
+        return build.timm_classifier(
+            config.network,
+            image_size=_image_size(config),
+            channels=channels,
+            num_classes=num_classes,
+            head_std=std,
+        )
     assert config.backbone is not None
     return build.classifier(
         config,

@@ -219,14 +219,18 @@ def _timm_network(
     assert config.network is not None and data.image_size is not None and data.channels is not None
     assert data.mean is not None and data.std is not None
     empty = config.network.model_copy(update={"pretrained": False})
-    classifier = build.timm_classifier(empty, channels=data.channels, num_classes=len(classes))
+    size = image_size or data.image_size
+    classifier = build.timm_classifier(
+        empty, image_size=data.image_size, channels=data.channels, num_classes=len(classes)
+    )
     classifier.load_state_dict(part_of(better_weights(saved), "classifier"))
+    build.fit_timm(classifier.backbone, size, name=f"{saved.path}", key="image_size")
     return Network(
         cast(Any, classifier.backbone),  # what others read of a `Backbone`, it has not
         architecture=None,
         norm=nn.Identity(),
         normalize=Normalize(*build.statistics(data.mean, data.std)),
-        view=EvalView(image_size or data.image_size, crop=data.test_crop, interpolation=data.interpolation),
+        view=EvalView(size, crop=data.test_crop, interpolation=data.interpolation),
         reading={"channels": data.channels, **_depth(config)},
         step=saved.step,
         classifier=classifier,

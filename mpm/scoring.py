@@ -50,6 +50,7 @@ class Scoring(NamedTuple):
         for name, candidate in candidates.items():
             was_training = candidate.training
             candidate.eval()
+            distributed.broadcast_buffers(candidate)  # batch norms of timm are of a process
 
             def predict(batch: Tensor, network: Any = candidate.classifier) -> Tensor:
                 scores: Tensor = network.predict(self.normalize(to_unit(batch, self.device)))

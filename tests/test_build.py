@@ -7,17 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from mpm import build, launch
+from mpm import build, distributed, launch
 from mpm.backbones.classifier import Classifier
 from mpm.config import Backbone as BackboneConfig
 from mpm.config import FinetuneConfig, PretrainConfig, TokenizerConfig
 from mpm.configfile import load
+from mpm.data.datasets import SyntheticImages
 from mpm.inheritance import inherit
 from mpm.objectives.masked import MaskedInputs, MaskedPrediction
 from mpm.objectives.tokenizer_inputs import TokenizerInputs
 from mpm.patchify.masks import PatchMask
 from mpm.patchify.pixels import Normalize
 from mpm.trunk import Trunk
+from tests.integration.settings import SCRATCH, finetune_config
 
 ROOT = Path(__file__).parents[1] / "configs"
 NAMES = [str(path.relative_to(ROOT).with_suffix("")) for path in sorted(ROOT.rglob("*.yaml"))]
@@ -280,6 +282,18 @@ def test_facts_tell_loaders_that_have_no_core(
     schedule = build.Schedule(config.optim, 256)
     facts = build.facts(config, schedule, num_images=256, device=torch.device("cpu"), start=0)
     assert facts["device"].endswith(f"thread(s) and {told}")
+
+
+def test_processes_whose_share_mixup_cannot_pair_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = finetune_config(tmp_path, *SCRATCH, "optim.batch_size=6")
+    images = SyntheticImages(16, image_size=(32, 32), channels=3, num_classes=2)
+    data = config.data.model_copy(update={"mean": (0.5,) * 3})
+    view = build.train_view(data, (32, 32))
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match="each of the 2 processes 3 images, and mixup pairs images; use 8"):
+        build.training_loader(config, images, view, start=0, stop=1, pin_memory=False)
 
 
 def test_tokens_positions_and_vectors_do_not_decay() -> None:

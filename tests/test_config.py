@@ -239,6 +239,18 @@ FINETUNE_RULES = [
     ({"mixup": {"alpha": 0.0, "cutmix": 0.0}}, "mixup: alpha 0 and cutmix 0 mix nothing"),
     ({"mixup": {}, "optim__batch_size": 5}, "optim.batch_size 5 is odd, and mixup pairs images; use 6"),
     ({"mixup": {}, "run__micro_batch": 1}, "run.micro_batch 1 is odd, and mixup pairs images; use 2"),
+    ({"eval_mode": True, "head_norm": "batch"}, "eval_mode keeps every batch norm from learning"),
+    (
+        {"backbone": None, "readout": None, "network": {"model": "resnet18"}, "tune": "head"},
+        "set tune to all",
+    ),
+    (
+        {
+            "data__repeats": 3,
+            "distillation": {"kind": "hard", "through": "class", "crops": 2, "teacher": {"kind": "timm"}},
+        },
+        "data.repeats 3 would show the same crop again in a batch, as distillation.crops is 2",
+    ),
     ({"labels": {}}, "labels: count None and fraction None are given; give exactly one"),
     ({"data__rand_augment": "m9"}, 'rand_augment "m9" does not begin with rand'),
     (

@@ -17,12 +17,20 @@ class TimmClassifier(nn.Module):
 
     Attributes:
         depth: 0, as its layers are not told apart.
+
+    Raises:
+        ValueError: if it has two heads (timm's distilled models).
     """
 
     depth = 0
 
-    def __init__(self, backbone: nn.Module, *, head_std: float = 0.02):
+    def __init__(self, backbone: Any, *, head_std: float = 0.02):
         super().__init__()
+        if not isinstance(backbone.get_classifier(), nn.Module):
+            raise ValueError(
+                f"timm's {type(backbone).__name__} has a head for each of two tokens; give it as a backbone "
+                "instead, such as backbone.variant=deit_ti_distilled"
+            )
         self.backbone: Any = backbone
         self.head_std = head_std
 
@@ -48,6 +56,12 @@ class TimmClassifier(nn.Module):
     def predict(self, images: Tensor) -> Tensor:
         """[B,C,H,W] -> logits [B,L]."""
         return torch.squeeze(self(images), 1)
+
+    @property
+    def undecayed(self) -> set[str]:
+        """Last parts of the names of parameters that timm says not to decay, such as positions and tokens."""
+        names: set[str] = getattr(self.backbone, "no_weight_decay", set)()
+        return {name.rpartition(".")[2] for name in names}
 
     def layer_of(self, name: str) -> int:
         """All parameters are of the last layer, depth + 1."""

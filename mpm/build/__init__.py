@@ -12,7 +12,7 @@ from mpm.build.data import (
     train_view,
     training_loader,
 )
-from mpm.build.labelled import classifier, prepare_labelled, readout, supervised, timm_classifier
+from mpm.build.labelled import classifier, fit_timm, prepare_labelled, readout, supervised, timm_classifier
 from mpm.build.masked import backbone, code_target, objective, predictor, target
 from mpm.build.tokenizers import default_codes, tokenizer, tokenizer_objective
 from mpm.build.training import Schedule, accumulation, dtype, facts, optimizer, parameters
@@ -26,6 +26,7 @@ __all__ = [
     "default_codes",
     "dtype",
     "facts",
+    "fit_timm",
     "mask_sampler",
     "objective",
     "optimizer",

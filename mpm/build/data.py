@@ -154,7 +154,11 @@ def training_loader(
     crops: int | None = None,
     cached: RowCache | None = None,
 ) -> BatchLoader:
-    """This process's micro-batches of steps `start` to `stop`; for `crops` and `cached` see `ViewDataset`."""
+    """This process's micro-batches of steps `start` to `stop`; for `crops` and `cached` see `ViewDataset`.
+
+    Raises:
+        ValueError: if processes cannot share a batch, or mixup finds an odd number of images.
+    """
     stream = EpochStream(
         len(images),
         config.optim.batch_size,
@@ -164,5 +168,12 @@ def training_loader(
         micro_batch=config.run.micro_batch,
         repeats=config.data.repeats if isinstance(config, cfg.FinetuneConfig) else 1,
     )
+    processes = distributed.world_size()
+    share = config.optim.batch_size // processes
+    if isinstance(config, cfg.FinetuneConfig) and config.mixup is not None and share % 2:
+        raise ValueError(
+            f"optim.batch_size {config.optim.batch_size} gives each of the {processes} processes {share} "
+            f"images, and mixup pairs images; use {processes * (share + 1)}"
+        )
     dataset = ViewDataset(images, view, seed=config.seed, crops=crops, cached=cached)
     return train_loader(dataset, stream, workers=config.run.workers, pin_memory=pin_memory)

@@ -7,6 +7,7 @@ from torch import nn
 
 from mpm import config as cfg
 from mpm import distributed
+from mpm.backbones.timm_classifier import TimmClassifier
 from mpm.launch import cores_of_a_process
 from mpm.objectives.distillation import Distillation
 from mpm.objectives.supervised import Classification
@@ -66,6 +67,8 @@ def optimizer(
         return None
     layers: dict[str, Any] = {}
     decayed: set[str] = set()
+    undecayed = {"mask_token", "encoder_mask_token", "prefix_tokens"}
+    undecayed |= {"tokens", "table"}  # of class attention; of positions. Relative biases decay, as in BEiT
     if isinstance(config, cfg.FinetuneOptim):
         assert isinstance(module, Classification | Distillation)
         network = module.classifier
@@ -74,17 +77,17 @@ def optimizer(
             "num_layers": network.depth + 1,
             "layer_decay": config.layer_decay,
         }
+        if isinstance(network, TimmClassifier):
+            undecayed |= network.undecayed
     elif isinstance(config, cfg.PretrainOptim):
         names = {"mask": {"mask_token", "encoder_mask_token"}, "prefix": {"prefix_tokens"}}
         decayed = set().union(*(names[kind] for kind in config.decay_tokens))
-    tokens = ("mask_token", "encoder_mask_token", "prefix_tokens", "tokens")  # `tokens`: of class attention
     groups = parameter_groups(
         module,
         lr=config.lr,
         weight_decay=config.weight_decay,
         decayed=decayed,
-        undecayed={*tokens, "table"}
-        - decayed,  # `table`: learned positions; relative biases decay, as in BEiT
+        undecayed=undecayed - decayed,
         **layers,
     )
     match config:

@@ -141,6 +141,11 @@ class FinetuneConfig(Section):
                         f"{told}, and {what} has one; set through to class, or use a token or "
                         "class_attention readout"
                     )
+        if stated.crops is not None and self.data.repeats > stated.crops:
+            raise ValueError(
+                f"data.repeats {self.data.repeats} would show the same crop again in a batch, as "
+                f"distillation.crops is {stated.crops}; give as many crops as repeats, or more"
+            )
         if stated.cache is not None:
             changed = {"mixup": self.mixup is not None, "data.erasing": self.data.erasing > 0}
             for key in [key for key, does in changed.items() if does]:
@@ -150,6 +155,8 @@ class FinetuneConfig(Section):
                 )
 
     def _check_scratch(self) -> None:
+        if self.tune != "all" and self.network is not None:
+            raise ValueError(f"tune {self.tune} finds the parts of a backbone; for network, set tune to all")
         if self.tune != "all":
             raise ValueError(
                 f"tune {self.tune} freezes the rest, which has no weights yet; "

@@ -30,7 +30,8 @@ class Accuracy:
         top5: share of samples whose true class is among the five highest scores (among all where L < 5).
         balanced: mean recall of the classes that occur among the labels.
         macro_f1: mean F1 of the classes that occur among the labels or the predictions.
-        calibration_error: expected calibration error of the probabilities, see `expected_calibration_error`.
+        calibration_error: expected calibration error of the probabilities, see `expected_calibration_error`;
+            they are a softmax, which a network that learned by binary cross entropy was not trained for.
         count: number of samples.
         confusion: int64 [L,L], samples by true class (row) and predicted class (column).
         precision: float64 [L], 0 for a class that was never predicted.

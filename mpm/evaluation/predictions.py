@@ -62,9 +62,9 @@ def predict_all(
             raise ValueError(
                 f"labels {seen} do not fit {num_classes} classes; count the classes of the data anew"
             )
-        highest = logits_of(images.to(device, non_blocking=True)).float().softmax(1).topk(K)
-        best.append(highest.indices)
-        confidence.append(highest.values[:, 0])
+        logits = logits_of(images.to(device, non_blocking=True)).float()
+        best.append(logits.topk(K).indices)  # of probabilities, some may round to 0
+        confidence.append(logits.softmax(1).amax(1))
         known.append(torch.stack([place, labels], 1))
     places, truth = distributed.gather_rows(torch.cat(known)).unbind(1)
     order = places.argsort()

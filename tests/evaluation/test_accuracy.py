@@ -41,6 +41,13 @@ def test_scores_equal_sklearn(rng: np.random.Generator, num_classes: int) -> Non
         assert found.top5 == 1.0
 
 
+def test_the_five_best_are_told_apart_where_their_probabilities_round_to_none() -> None:
+    scores = torch.arange(8, 0, -1).float() * 40
+    found = _evaluate(scores.expand(8, 8), torch.arange(8), 8)
+    assert found.top1 == 1 / 8
+    assert found.top5 == 5 / 8
+
+
 def test_absent_classes_do_not_count_against_the_means() -> None:
     # classes: 0 and 1 labelled, 2 only predicted, 3 nowhere
     labels, predicted = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 2, 1, 1])
