@@ -8,13 +8,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 from mpm import checkpoint, distributed
+from mpm.backbones.timm_classifier import TimmClassifier
+from mpm.data.datasets import SyntheticImages
+from mpm.objectives.supervised import Classification, cross_entropy
+from mpm.patchify.pixels import Normalize, to_unit
+from mpm.scoring import Scoring
 from mpm.training.loop import StepReport, train_steps
 from mpm.training.optimizer import create_adamw, parameter_groups
 from mpm.training.reporting import Reporter
+from tests.integration.settings import SCRATCH, finetune_config
 
 
 def test_one_process_is_its_own_group() -> None:
@@ -67,7 +74,7 @@ def test_cuda_without_cuda_is_refused() -> None:
         distributed.start("cuda")
 
 
-CLAIMS = ("collectives", "differentiable_sum", "training", "full_disk", "not_finite")
+CLAIMS = ("collectives", "differentiable_sum", "training", "full_disk", "not_finite", "scoring")
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +218,23 @@ def not_finite(run_dir: Path) -> None:
     with pytest.raises(FloatingPointError, match="in steps 2 to 2 on rank 1"):
         reporter.log(2)
     reporter.close()
+
+
+def scoring(run_dir: Path) -> None:
+    """Batch norm of timm has the statistics of its process, and a checkpoint those of the first."""
+    config = finetune_config(run_dir, *SCRATCH)
+    images = SyntheticImages(64, image_size=(32, 32), channels=3, num_classes=4)
+    torch.manual_seed(0)
+    network = TimmClassifier(timm.create_model("test_resnet", num_classes=4))
+    norm = next(part for part in network.modules() if isinstance(part, nn.BatchNorm2d))
+    norm.running_mean += 100 * distributed.rank()
+    objective = Classification(network, loss=cross_entropy)
+    normalize = Normalize((0.5,) * 3, (0.2,) * 3)
+    scored = Scoring(config, normalize, torch.device("cpu")).accuracies(objective, None, images)["model"]
+    assert not norm.running_mean.any()
+    everything = torch.stack([images.read(index) for index in range(64)])
+    predicted = network.eval().predict(normalize(to_unit(everything, torch.device("cpu")))).argmax(1)
+    assert scored.confusion.sum(0).tolist() == predicted.bincount(minlength=4).tolist()
 
 
 def main(folder: Path) -> None:
