@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.measuring import Results
-from benchmarks.runs import Job, curve, grid_parser, known, mean_and_deviation, run_grid, train
+from benchmarks.runs import Job, curve, grid_parser, known, mean_and_deviation, run_grid, top1, train
 from benchmarks.small_images import labelled
 
 IMAGE_SIZE, PATCH_SIZE, STEPS, SEARCH_STEPS = 28, 7, 1000, 500
@@ -133,7 +133,7 @@ def table(records: list[dict[str, Any]]) -> str:
         groups.setdefault(key, []).append(record["outcome"])
     lines = []
     for key, outcomes in sorted(groups.items()):
-        scores = [o["test"]["top1"] if "test" in o else o["val/model_top1"] for o in outcomes]
+        scores = [top1(outcome) for outcome in outcomes]
         losses = [o["curves"]["train/loss"] for o in outcomes]
         way = "  ".join(
             f"{step}: {sum(loss[step] for loss in losses) / len(losses):.3f}" for step in losses[0]

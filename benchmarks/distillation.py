@@ -12,7 +12,6 @@ thread each. Needs data/FashionMNIST (scripts/fetch_fashion_mnist.py) and data/c
 (scripts/shrink_images.py).
 """
 
-import statistics
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.measuring import Results
-from benchmarks.runs import Job, grid_parser, known, run_grid, train
+from benchmarks.runs import Job, grid_parser, known, mean_and_deviation, run_grid, top1, train
 from benchmarks.small_images import labelled
 
 
@@ -159,31 +158,19 @@ def table(records: list[dict[str, Any]]) -> str:
             key += (str(cell["lr"]),)
         groups.setdefault(key, []).append(record["outcome"])
     lines = []
-    for key, outcomes in sorted(groups.items(), key=lambda item: (item[0][:2], -mean(item[1]))):
-        line = f"{' '.join(key):<50} {spread([top1(o) for o in outcomes], 100)} ({len(outcomes)})"
+    for key, outcomes in sorted(groups.items(), key=lambda item: (item[0][:2], -sum(map(top1, item[1])))):
+        line = f"{' '.join(key):<50} {mean_and_deviation([top1(o) for o in outcomes])}"
         heads = [outcome["heads"] for outcome in outcomes if "heads" in outcome]
         for head in ("class", "distillation") if heads else ():
-            line += f"  {head} {spread([h['top1'][head] for h in heads], 100)}"
+            line += f"  {head} {mean_and_deviation([h['top1'][head] for h in heads])}"
         if heads:
             cosines = {name: [h["cosine"][name] for h in heads] for name in heads[0]["cosine"]}
-            shown = ", ".join(f"{name} {spread(values)}" for name, values in cosines.items())
+            shown = ", ".join(
+                f"{name} {mean_and_deviation(values, unit=1.0)}" for name, values in cosines.items()
+            )
             line += f"  cosine: {shown}"
         lines.append(line)
     return "\n".join(lines)
-
-
-def top1(outcome: dict[str, Any]) -> float:
-    value = outcome["test"]["top1"] if "test" in outcome else outcome["val/model_top1"]
-    return float(value)
-
-
-def mean(outcomes: list[dict[str, Any]]) -> float:
-    return statistics.mean(map(top1, outcomes))
-
-
-def spread(values: list[float], unit: float = 1.0) -> str:
-    deviation = f"{unit * statistics.stdev(values):.2f}" if len(values) > 1 else "-"
-    return f"{unit * statistics.mean(values):.2f} +- {deviation}"
 
 
 def main() -> None:

@@ -63,10 +63,16 @@ def curve(folder: Path, name: str) -> dict[int, float]:
     return {line["step"]: line[name] for line in lines if name in line}
 
 
-def mean_and_deviation(values: list[float]) -> str:
-    """In per cent, of a sample, with its size."""
-    deviation = f"{100 * statistics.stdev(values):.2f}" if len(values) > 1 else "-"
-    return f"{100 * statistics.mean(values):6.2f} +- {deviation:>5} ({len(values)})"
+def top1(outcome: dict[str, Any]) -> float:
+    """Of fine-tuning: on the test images, or on held-out ones where a search did not look at these."""
+    value = outcome["test"]["top1"] if "test" in outcome else outcome["val/model_top1"]
+    return float(value)
+
+
+def mean_and_deviation(values: list[float], *, unit: float = 100.0) -> str:
+    """Of a sample, with its size; in per cent, or in another unit."""
+    deviation = f"{unit * statistics.stdev(values):.2f}" if len(values) > 1 else "-"
+    return f"{unit * statistics.mean(values):6.2f} +- {deviation:>5} ({len(values)})"
 
 
 def train(

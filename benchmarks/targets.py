@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.measuring import Results
-from benchmarks.runs import Job, grid_parser, known, mean_and_deviation, run_grid, train
+from benchmarks.runs import Job, grid_parser, known, mean_and_deviation, run_grid, top1, train
 from benchmarks.small_images import labelled, unlabelled
 
 
@@ -283,9 +283,7 @@ def table(records: list[dict[str, Any]]) -> str:
             key += (f"x{record['cell']['length']}",)
         if record["cell"]["grid"] == "rates":
             key += tuple(str(record["cell"][part]) for part in ("pretrain_lr", "finetune_lr", "layer_decay"))
-        scores.setdefault(key, []).append(
-            outcome["test"]["top1"] if "test" in outcome else outcome["val/model_top1"]
-        )
+        scores.setdefault(key, []).append(top1(outcome))
     lines = []
     for key, values in sorted(scores.items(), key=lambda item: (item[0][:2], -statistics.mean(item[1]))):
         lines.append(f"{' '.join(key):<60} {mean_and_deviation(values)}")
@@ -300,6 +298,8 @@ def main() -> None:
     tokenizers = (options.runs / "tokenizers").absolute()
     records = known(options.out)
     if options.table:
+        if options.grid not in GRIDS:
+            parser.error(f"no table of {options.grid}; its lines in {options.out} tell all")
         names = {cell.name for cell in GRIDS[options.grid](options.seeds)}
         print(table([record for record in records if record["name"] in names]))
         return

@@ -21,7 +21,7 @@ from mpm.network import load
 from mpm.objectives.teachers import ClassTeacher, published_normalize
 from mpm.patchify.pixels import Normalize
 from mpm.tokenization import digest
-from mpm.trunk import holds_timm, read_trunk
+from mpm.trunk import holds_timm, present, read_trunk
 
 __all__ = ["ReadTeacher", "answer_fingerprint", "open_answers", "read_teacher"]
 
@@ -120,6 +120,7 @@ def answer_fingerprint(config: FinetuneConfig, taught: ReadTeacher, images: Imag
         not_seen.add("mean")
     teacher = taught.teacher
     return {
+        "seed": config.seed,  # first, as other held-out images follow from another
         "images": {
             "sha256": images_digest(images),
             "of": str(getattr(config.data.train, "root", config.data.train.kind)),
@@ -127,7 +128,6 @@ def answer_fingerprint(config: FinetuneConfig, taught: ReadTeacher, images: Imag
         "teacher": {"sha256": taught.identity, "of": taught.told},
         "teacher's image_size": teacher.image_size,
         "dtype": str(teacher.dtype),
-        "seed": config.seed,
         "crops": config.distillation.crops,
         "data": config.data.model_dump(mode="json", exclude=not_seen),
     }
@@ -165,7 +165,7 @@ def _of_timm(
 
 def _of_checkpoint(source: str, size: tuple[int, int], *, name: str) -> _Network:
     """The better of a run's weights, the averaged or the trained."""
-    if holds_timm(source):
+    if holds_timm(present(source, key=f"{_KEY}.checkpoint")):
         whole = load(Path(source).expanduser())
         assert whole.classifier is not None
         classes = whole.classes

@@ -35,12 +35,14 @@ def open_labelled(config: FinetuneConfig) -> LabelledData:
         ValueError: if data is missing, or its parts have different classes.
     """
 
-    def opened(source: Source) -> ImageSource:
+    def opened(source: Source, part: str) -> ImageSource:
         image_size, channels = config.data.image_size, config.data.channels
         assert image_size is not None and channels is not None
-        return build.source(source, image_size=image_size, channels=channels, labelled=True)
+        return build.source(
+            source, image_size=image_size, channels=channels, labelled=True, key=f"data.{part}"
+        )
 
-    train = opened(config.data.train)
+    train = opened(config.data.train, "train")
     classes = train.classes
     assert classes is not None
     if config.labels is not None:
@@ -56,8 +58,8 @@ def open_labelled(config: FinetuneConfig) -> LabelledData:
             kept, held_out = train_val_split(train, fraction, seed=config.seed)
             train, val = Subset(train, kept), Subset(train, held_out)
         case source:
-            val = opened(source)
-    test = opened(config.data.test) if config.data.test is not None else None
+            val = opened(source, "val")
+    test = opened(config.data.test, "test") if config.data.test is not None else None
     for name, images in (("val", val), ("test", test)):
         if images is not None and images.classes != classes:
             raise ValueError(

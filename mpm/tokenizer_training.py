@@ -23,7 +23,7 @@ from mpm.objectives import teachers
 from mpm.objectives.prepare import PrepareTokenizer
 from mpm.patchify.pixels import Normalize
 from mpm.tokenization import digest
-from mpm.trunk import Trunk, read_trunk
+from mpm.trunk import Trunk, present, read_trunk
 
 __all__ = ["TokenizerTraining"]
 
@@ -52,7 +52,9 @@ class TokenizerTraining:
         self._network: Trunk | None = None
         mean, std = data.mean or "imagenet", data.std or "imagenet"
         if isinstance(objective, KMeansObjective) and isinstance(objective.input, FeatureInput):
-            self._network = network = read_trunk(objective.input.network)
+            self._network = network = read_trunk(
+                present(objective.input.network, key="objective.input.network")
+            )
             backbone = network.backbone if backbone is None else backbone.over(network.backbone)
             if network.channels != data.channels:
                 raise ValueError(
@@ -163,7 +165,7 @@ def _network_teacher(source: str, grid: tuple[int, int], *, dtype: torch.dtype) 
         identity = digest(network)
         normalize = teachers.published_normalize(network)
         return _Read(teachers.NetworkTeacher(network, grid=grid, normalize=normalize, dtype=dtype), identity)
-    trunk = read_trunk(source)
+    trunk = read_trunk(present(source, key="objective.teacher.network"))
     patch_height, patch_width = trunk.backbone.resolved().patch_size
     sizes = trunk.image_size, (grid[0] * patch_height, grid[1] * patch_width)
     own, fitted = (trunk.backbone_at(size) for size in sizes)

@@ -11,7 +11,7 @@ from mpm.backbones.backbone import Backbone
 from mpm.backbones.classifier import Classifier
 from mpm.config import Backbone as BackboneConfig
 from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig, Readout
-from mpm.imported import fetch, imported_config
+from mpm.imported import TIMM, fetch, imported_config
 from mpm.partial import better_weights, is_checkpoint
 from mpm.patchify.patches import grid_of
 
@@ -98,6 +98,19 @@ class Trunk(NamedTuple):
             channels=(self.channels, channels),
             depth=backbone.depth if len(backbone.relative_biases) > 1 else 0,
         )
+
+
+def present(source: str, *, key: str) -> str:
+    """What a configuration names to start from, if it is there.
+
+    Raises:
+        FileNotFoundError: naming its `key`.
+    """
+    if not source.startswith(TIMM) and not Path(source).expanduser().exists():
+        raise FileNotFoundError(
+            f"{key}: no checkpoint {source}; give a run's folder, a file of weights, or {TIMM}NAME"
+        )
+    return source
 
 
 def read_trunk(source: str | Path) -> Trunk:

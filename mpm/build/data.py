@@ -18,10 +18,28 @@ from mpm.tokenizers.base import Tokenizer
 
 
 def source(
-    config: cfg.Source | cfg.PretrainData, *, image_size: tuple[int, int], channels: int, labelled: bool
+    config: cfg.Source | cfg.PretrainData,
+    *,
+    image_size: tuple[int, int],
+    channels: int,
+    labelled: bool,
+    key: str = "data",
 ) -> ImageSource:
-    """The images of a data section; `image_size` is that of synthetic ones."""
+    """The images of a section of a configuration.
+
+    Args:
+        config: the section.
+        image_size: height and width in pixels of synthetic images.
+        channels: of the images.
+        labelled: whether folders are classes.
+        key: the section's, for errors.
+
+    Raises:
+        ValueError: if there are no such images.
+    """
     match config:
+        case cfg.FolderSource(root=root) if not root.is_dir():
+            raise ValueError(f"{key}.root: image folder {root} does not exist; give a folder of images")
         case cfg.FolderSource():
             return FolderImages(
                 config.root,

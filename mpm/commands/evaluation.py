@@ -107,7 +107,11 @@ def evaluate(
 def _source(config: FinetuneConfig | ImportedConfig, network: Network) -> ImageSource:
     assert config.data.test is not None
     return build.source(
-        config.data.test, image_size=network.image_size, channels=network.channels, labelled=True
+        config.data.test,
+        image_size=network.image_size,
+        channels=network.channels,
+        labelled=True,
+        key="data.test",
     )
 
 

@@ -16,7 +16,7 @@ from mpm.inheritance import inherit, with_statistics
 from mpm.labelled import open_labelled
 from mpm.run import log_facts, started
 from mpm.training.loop import StopRequest
-from mpm.trunk import read_trunk
+from mpm.trunk import present, read_trunk
 
 __all__ = ["teach"]
 
@@ -35,7 +35,9 @@ def teach(config: FinetuneConfig) -> str:
         OSError: if the disk is full or another process fills the file; what is done stays.
     """
     stated = config.distillation
-    if stated is None or stated.cache is None:
+    if stated is None:
+        raise ConfigError("distillation is null: there is no teacher to ask; give it a section in the file")
+    if stated.cache is None:
         raise ConfigError(
             "distillation.cache is not given; name the file: distillation.cache=FILE distillation.crops=10"
         )
@@ -47,7 +49,11 @@ def teach(config: FinetuneConfig) -> str:
 
 
 def _teach(config: FinetuneConfig, *, device: torch.device, stop: StopRequest) -> str:
-    trunk = read_trunk(config.init.checkpoint) if config.init is not None else None
+    trunk = (
+        read_trunk(present(config.init.checkpoint, key="init.checkpoint"))
+        if config.init is not None
+        else None
+    )
     config = inherit(config, trunk)
     data, stated = open_labelled(config), config.distillation
     config, _ = with_statistics(config, data.train)

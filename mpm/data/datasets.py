@@ -69,7 +69,7 @@ class FolderImages:
         self.background = tuple(background)
         self.max_value = max_value
         if not self.root.is_dir():
-            raise ValueError(f"image folder {self.root} does not exist; set data.root to a folder of images")
+            raise ValueError(f"image folder {self.root} does not exist; give a folder of images")
         self._paths = indexed_paths(self.root, index_file=Path(index_file) if index_file else None)
         if not len(self._paths):
             raise ValueError(f"{self.root} holds no images; expected files ending in {', '.join(EXTENSIONS)}")

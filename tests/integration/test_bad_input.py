@@ -85,7 +85,7 @@ def test_mistake_in_words_or_configuration_is_told_before_torch_is_imported(
 def test_missing_and_empty_folder_are_named(commands: CommandLine, tmp_path: Path) -> None:
     ended = pretrain_on(commands, tmp_path / "photoz", tmp_path / "run")
     assert (ended.status, tmp_path / "run" in tmp_path.iterdir()) == (2, False)
-    assert f"{tmp_path / 'photoz'} does not exist; set data.root" in ended.complaint
+    assert f"data.root: image folder {tmp_path / 'photoz'} does not exist" in ended.complaint
     (tmp_path / "photos").mkdir()
     ended = pretrain_on(commands, tmp_path / "photos", tmp_path / "run")
     assert ended.status == 2
@@ -156,7 +156,7 @@ def test_missing_checkpoint_is_named(commands: CommandLine, tmp_path: Path) -> N
     folder = f"run.output_dir={tmp_path / 'run'}"
     ended = commands("finetune.py", "--config", FINETUNE, folder, "init.checkpoint=runs/nowhere")
     assert ended.status == 2
-    assert "no complete checkpoint in runs/nowhere; give a run's folder or" in ended.complaint
+    assert "init.checkpoint: no checkpoint runs/nowhere; give a run's folder, a file of" in ended.complaint
 
 
 @pytest.mark.parametrize(
