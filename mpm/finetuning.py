@@ -192,6 +192,8 @@ def _finetune(
                 best = scores[weights].top1 > metadata["best_val"]
                 if best:
                     metadata |= {"best_val": scores[weights].top1, "best_step": step, "weights": weights}
+                each = ", ".join(f"{name} weights {s.top1:.2%}" for name, s in scores.items())
+                log.info("step %d: validation top-1 of %s%s", step, each, ", the best so far" if best else "")
         if best or (not stopping and (step % cadence.save_every == 0 or step == last)):
             save(step, best=best)
         if stopping:

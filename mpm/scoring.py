@@ -97,7 +97,15 @@ class Scoring(NamedTuple):
         new = run.folder / "result.json.partial"
         new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         new.replace(run.folder / "result.json")  # last: it says that the test was done
-        log.info("test images, step %d, %s weights:\n%s", chosen.step, weights, accuracy.table(data.classes))
+        log.info(
+            "test images, step %d, %s weights: top-1 %.2f %%, top-5 %.2f %% of %d\n%s",
+            chosen.step,
+            weights,
+            100 * accuracy.top1,
+            100 * accuracy.top5,
+            accuracy.count,
+            accuracy.table(data.classes),
+        )
 
     def _loader(self, images: ImageSource) -> BatchLoader:
         data = self.config.data

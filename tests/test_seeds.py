@@ -114,7 +114,9 @@ def test_the_table_has_mean_and_deviation_of_a_sample() -> None:
 
 
 @pytest.mark.slow
-def test_each_run_is_the_one_that_its_seed_gives_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_each_run_is_the_one_that_its_seed_gives_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
     words = [*QUICK, *SHORT, f"run.output_dir={tmp_path / 'all'}", "labels.fraction=0.5"]
     assert cli.main(["finetune", "--config", str(FILE), "--seeds", "0", "5", *words]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -127,10 +129,18 @@ def test_each_run_is_the_one_that_its_seed_gives_alone(tmp_path: Path, capsys: p
             everything_saved(tmp_path / "all" / f"seed_{seed}"), everything_saved(tmp_path / str(seed))
         )
         scores.append(json.loads((tmp_path / str(seed) / "result.json").read_text())["test"]["top1"])
+    assert "validation top-1 of model weights" in caplog.text
+    assert f" weights: top-1 {100 * scores[-1]:.2f} %" in caplog.text
     summary = json.loads((tmp_path / "all" / "seeds.json").read_text())
     assert [run["top1"] for run in summary["runs"]] == scores
     assert summary["groups"][0]["mean"] == pytest.approx(np.mean(scores))
     assert summary["groups"][0]["deviation"] == pytest.approx(np.std(scores, ddof=1))
+    # one more: the table is of what was asked for, and the others are named
+    caplog.clear()
+    assert cli.main(["finetune", "--config", str(FILE), "--seeds", "5", *words]) == 0
+    assert "seed_0 too; name those seeds" in caplog.text
+    assert len(json.loads((tmp_path / "all" / "seeds.json").read_text())["runs"]) == 1
+    capsys.readouterr()
     # again: finished runs are passed through
     assert cli.main(["finetune", "--config", str(FILE), "--seeds", "0", "5", *words]) == 0
     assert capsys.readouterr().out.splitlines() == lines

@@ -115,13 +115,15 @@ def accumulation(config: cfg.PretrainConfig | cfg.TokenizerConfig | cfg.Finetune
 
 
 def parameters(module: nn.Module) -> str:
-    """How many parameters are trained, of how many, and how many of them are the backbone's."""
+    """How many parameters are trained, of how many, and how many of them are a backbone's."""
     trained, trunk = (
         sum(parameter.numel() for parameter in part.parameters() if parameter.requires_grad)
         for part in (module, module.get_submodule("backbone"))
     )
     everything = sum(parameter.numel() for parameter in module.parameters())
     share = f" trained of {everything:,} ({trained / everything:.1%})" if trained < everything else ""
+    if isinstance(module, TimmClassifier):  # whose backbone holds the head
+        return f"{trained:,}{share}"
     return f"{trained:,}{share}, of them {trunk:,} in the backbone"
 
 

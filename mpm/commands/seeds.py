@@ -1,6 +1,7 @@
 """`mpm finetune --seeds --fractions`: one configuration several times, and how much the results differ."""
 
 import json
+import logging
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from mpm.config import FinetuneConfig
 from mpm.launch import is_first_process
 
 __all__ = ["Member", "members", "repeat", "table"]
+
+log = logging.getLogger(__name__)
 
 
 class Member(NamedTuple):
@@ -102,6 +105,13 @@ def repeat(train: Callable[[FinetuneConfig], bool], runs: Sequence[Member], fold
     """
     import torch  # here, so that a mistake in the words is told before it is loaded
 
+    if others := _others(runs, folder):
+        log.info(
+            "%s told of %s too; name those seeds and fractions as well, and all are compared: finished runs "
+            "are passed through",
+            folder / "seeds.json",
+            ", ".join(others),
+        )
     rows: list[dict[str, Any]] = []
     for run in runs:
         if not train(run.config):
@@ -113,6 +123,14 @@ def repeat(train: Callable[[FinetuneConfig], bool], runs: Sequence[Member], fold
             new.write_text(json.dumps({"runs": rows, "groups": list(_groups(rows))}, indent=1) + "\n")
             new.replace(folder / "seeds.json")
     return table(rows)
+
+
+def _others(runs: Sequence[Member], folder: Path) -> list[str]:
+    """Folders of runs that an earlier command compared, and this one does not."""
+    file = folder / "seeds.json"
+    told = json.loads(file.read_text(encoding="utf-8"))["runs"] if file.exists() else []
+    named = {str(run.config.run.output_dir) for run in runs}
+    return [row["folder"] for row in told if row["folder"] not in named]
 
 
 def _result(run: Member) -> dict[str, Any]:
@@ -143,7 +161,7 @@ def _groups(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Top-1 on the test images in per cent: mean, deviation (of a sample, n - 1), and each seed's."""
-    header = ("labels", "train images", "mean", "deviation", "seeds")
+    header = ("labels", "train images", "mean top-1", "deviation", "seeds")
     lines = [header]
     for group in _groups(rows):
         fraction, deviation = group["fraction"], group["deviation"]

@@ -84,7 +84,8 @@ class RandAugment:
         channels = len(image)
         if channels not in (1, 3) or channels != self._channels or image.dtype != torch.uint8:
             raise ValueError(
-                f"rand_augment works on 8-bit images of 1 or 3 channels, got {image.dtype} with {channels}; "
+                f"rand_augment works on 8-bit images of 1 or 3 channels, as many as the mean's "
+                f"{self._channels}, got {image.dtype} with {channels}; "
                 "set rand_augment: null"
             )
         seed = int(rng.integers(2**32))

@@ -17,7 +17,7 @@ from mpm.patchify.masks import RandomMask
 PRETRAIN = PretrainView(
     (8, 8), mask_sampler=RandomMask((4, 4), count=10), color_jitter=0.2, target_size=(4, 4)
 )
-TRAIN = TrainView((8, 8), rand_augment="rand-m9-mstd0.5-inc1")
+TRAIN = TrainView((8, 8), rand_augment="rand-m9-mstd0.5-inc1", mean=(0.5,))
 
 
 def loader(
