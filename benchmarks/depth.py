@@ -5,7 +5,7 @@
     python -m benchmarks.depth parallel --out FILE        # 24x1 against 12x2, 36x1 against 18x2
     python -m benchmarks.depth depth --out FILE --table   # what is finished
 
-A cell is one network and seed, trained from scratch on Fashion-MNIST for 1,000 steps: one JSON line in FILE
+A cell is one network and seed, trained from scratch on Fashion-MNIST for 700 steps: one JSON line in FILE
 with the loss by step (the mean of the steps before it), the accuracy on held-out training images by step, and
 the test's at the end. Finished cells are passed over and stopped ones continue, so the same command goes on
 after any stop; cells that two grids share run once.
@@ -30,7 +30,7 @@ from benchmarks.measuring import Results
 from benchmarks.runs import Job, curve, grid_parser, known, mean_and_deviation, run_grid, top1, train
 from benchmarks.small_images import labelled
 
-IMAGE_SIZE, PATCH_SIZE, STEPS, SEARCH_STEPS = 28, 7, 1000, 500
+IMAGE_SIZE, PATCH_SIZE, STEPS, SEARCH_STEPS = 28, 7, 700, 350
 DIM, HEADS, BATCH = 48, 4, 32
 LAYER_SCALE = {24: 1e-5, 36: 1e-6}
 CLASS_BLOCKS = 2
