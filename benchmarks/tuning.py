@@ -76,7 +76,7 @@ SEARCHED = {
 # found with `rates`
 RATES = {
     "resolution": {"all": 1e-3, "attention": 3e-3, "mlp": 3e-3, "norm": 3e-3, "head": 3e-3},
-    "transfer": dict.fromkeys(PARTS, 1e-2),
+    "transfer": {"all": 3e-3, "attention": 3e-3, "mlp": 3e-3, "norm": 1e-2, "head": 3e-2},
 }
 
 

@@ -45,6 +45,11 @@ def open_labelled(config: FinetuneConfig) -> LabelledData:
     train = opened(config.data.train, "train")
     classes = train.classes
     assert classes is not None
+    if len(classes) < 2:
+        raise ValueError(
+            f"data.train has one class, {classes[0]}, and there is nothing to tell apart; give a folder that "
+            "holds a folder for each class"
+        )
     if config.labels is not None:
         labels = config.labels
         train = Subset(

@@ -23,9 +23,10 @@ from tests.integration.settings import SCRATCH, finetune_config
 
 ROOT = Path(__file__).parents[1] / "configs"
 NAMES = [str(path.relative_to(ROOT).with_suffix("")) for path in sorted(ROOT.rglob("*.yaml"))]
-FINETUNE = [name for name in NAMES if "finetune" in name]
+CONVNET = "quickstart/fashion_mnist_finetune_teacher"  # of timm
+FINETUNE = [name for name in NAMES if "finetune" in name and name != CONVNET]
 TOKENIZERS = [name for name in NAMES if "tokenizer" in name]
-PRETRAIN = [name for name in NAMES if name not in FINETUNE and name not in TOKENIZERS]
+PRETRAIN = [name for name in NAMES if "finetune" not in name and name not in TOKENIZERS]
 CODES = 8192
 
 
@@ -154,6 +155,16 @@ UNLIKE_OTHERS = (
 def test_fine_tuning_builds_and_runs(name: str) -> None:
     network, images = classifier(name, num_classes=7)
     assert network(images).shape == (2, network.readout.num_vectors, 7)
+
+
+def test_the_teacher_of_the_quickstart_builds_and_runs() -> None:
+    config = load(ROOT / f"{CONVNET}.yaml", [], FinetuneConfig).config
+    data = config.data
+    with torch.device("meta"):
+        network = build.timm_classifier(
+            config.network, image_size=data.image_size, channels=data.channels, num_classes=10
+        )
+        assert network(torch.empty(2, data.channels, *data.image_size)).shape == (2, 1, 10)
 
 
 def count(module: nn.Module) -> int:

@@ -56,7 +56,7 @@ def pretrain_on(commands: CommandLine, images: Path, folder: Path, *words: objec
         (["data.image_size=30"], r"image_size 30 is not a multiple of patch_size 4; use 28 or 32"),
         (["mask.ratio=1"], r"mask\.ratio 1 hides all of 64 patches; use more than 0 and at most 0\.984"),
         (["mask.count=0"], r"mask\.count 0 hides nothing of 64 patches; use 1 to 63"),
-        (["--dry-runn"], r"--dry-runn means nothing here; see mpm --help"),
+        (["--dry-runn"], r"--dry-runn means nothing here; see mpm pretrain --help"),
     ],
 )
 def test_mistake_in_words_or_configuration_is_told_before_torch_is_imported(

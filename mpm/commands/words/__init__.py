@@ -29,6 +29,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     """Options of a command; its name is `command`. A mistake ends the process with status 2 and one line."""
     parser = _parser()
     options, rest = parser.parse_known_args(words)
+    parser.prog = f"mpm {options.command}"  # whose help is to be read from here on
     # argparse takes a list only where it stands together, but options may stand between its words
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "words")):
         parser.error(f"{' '.join(rest)} means nothing here")
