@@ -147,16 +147,16 @@ class RowCache:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every image has been looked at; those that could not be read have no codes."""
+        """Whether every image has been looked at; those that could not be read have no rows."""
         return bool((self._states != _MISSING).all())
 
     @property
     def progress(self) -> tuple[int, int]:
-        """How many rows have codes, and how many there are."""
+        """How many rows are filled, and how many there are."""
         return int((self._states == _DONE).sum()), self._states.size
 
     def missing(self) -> Iterator[tuple[int, int, int]]:
-        """Rows without codes, those of unreadable images too, as (crop, first image, one after the last)."""
+        """Rows that are not filled, those of unreadable images too, as (crop, first image, one after the last)."""
         for crop, states in enumerate(self._states):
             edges = np.flatnonzero(np.diff(states != _DONE, prepend=False, append=False))
             for first, stop in edges.reshape(-1, 2).tolist():
