@@ -1,6 +1,7 @@
 """Every file under configs/ builds and runs at full size (on meta), with the published parameters."""
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ PRETRAIN = [name for name in NAMES if name not in FINETUNE and name not in TOKEN
 CODES = 8192
 
 
+@cache
 def pretrain_config(name: str) -> PretrainConfig:
     return load(ROOT / f"{name}.yaml", [], PretrainConfig).config
 
@@ -48,8 +50,7 @@ def fine_tuning_config(name: str, *words: str) -> FinetuneConfig:
         if str(theirs.run.output_dir) == config.init.checkpoint:
             return inherit(config, trunk_of(theirs.backbone, theirs.data.image_size, theirs.data.channels))
     for other in FINETUNE:
-        folder = load(ROOT / f"{other}.yaml", [], FinetuneConfig).config.run.output_dir
-        if str(folder) == config.init.checkpoint:
+        if folder_of(other) == config.init.checkpoint:
             before = fine_tuning_config(other)
             assert before.backbone is not None
             trunk = trunk_of(before.backbone, before.data.image_size, before.data.channels)
@@ -58,6 +59,11 @@ def fine_tuning_config(name: str, *words: str) -> FinetuneConfig:
     assert Path(config.init.checkpoint).suffix == ".pth"
     published = BackboneConfig(variant=config.backbone.variant)
     return inherit(config, trunk_of(published, (224, 224), 3))
+
+
+@cache
+def folder_of(name: str) -> str:
+    return str(load(ROOT / f"{name}.yaml", [], FinetuneConfig).config.run.output_dir)
 
 
 def trunk_of(backbone: BackboneConfig, image_size: tuple[int, int], channels: int) -> Trunk:
