@@ -29,8 +29,8 @@ CODES = 8192
 
 
 @cache
-def pretrain_config(name: str) -> PretrainConfig:
-    return load(ROOT / f"{name}.yaml", [], PretrainConfig).config
+def pretrain_config(name: str, *words: str) -> PretrainConfig:
+    return load(ROOT / f"{name}.yaml", words, PretrainConfig).config
 
 
 def masked_prediction(config: PretrainConfig) -> MaskedPrediction:
