@@ -1,7 +1,6 @@
 """Fine-tuning, from a configuration to a tested classifier: build, then one loop as in pretraining."""
 
 import logging
-from itertools import islice
 from typing import Any
 
 import torch
@@ -12,16 +11,11 @@ from mpm.backbones.cost import classifier_macs
 from mpm.backbones.timm_classifier import TimmClassifier
 from mpm.backbones.tuning import tune
 from mpm.config import FinetuneConfig
-from mpm.data.datasets import ImageSource
-from mpm.data.loading import eval_loader
 from mpm.data.subsets import Subset
-from mpm.data.substitution import Substituting
-from mpm.data.views import EvalView
 from mpm.distillation import open_answers, read_teacher
-from mpm.inheritance import has_fresh_readout, inherit, start_from, with_data
+from mpm.inheritance import has_fresh_readout, inherit, recalibrate_stem, start_from, with_statistics
 from mpm.labelled import open_labelled
-from mpm.patchify.norms import recalibrate
-from mpm.patchify.pixels import Moments, Normalize, to_unit
+from mpm.patchify.pixels import Normalize
 from mpm.run import Run, compile_blocks, log_facts, parallel, seed_everything, started
 from mpm.scoring import Scoring
 from mpm.training.ceiling import matmul_flops_per_s
@@ -34,8 +28,6 @@ __all__ = ["finetune"]
 
 log = logging.getLogger(__name__)
 
-_EVALUATION_BATCH = 256
-_RECALIBRATION_BATCHES = 20
 _COMPARED = 1024  # validation images, at most, that tokens are compared on
 
 
@@ -68,15 +60,14 @@ def _finetune(
     if config.backbone is not None:
         config = config.model_copy(update={"backbone": config.backbone.in_full(classifier=True)})
     data = open_labelled(config)
-    mean, std = _moments(config, data.train)
-    config = with_data(config, mean=mean, std=std)
+    config, moments = with_statistics(config, data.train)
     taught = read_teacher(config, data.classes)
     answers = open_answers(config, taught, data.train)
     run = Run(config, "finetune")
     optim, cadence = config.optim, config.run
 
     seed_everything(config.seed)
-    normalize = Normalize(mean, std).to(device)
+    normalize = Normalize(*moments).to(device)
     network = _network(config, num_classes=len(data.classes)).to(device)
     if isinstance(network, Classifier):
         fresh = has_fresh_readout(trunk, config)
@@ -85,7 +76,7 @@ def _finetune(
     if trunk is not None and isinstance(network, Classifier) and run.resumes_from is None:
         start_from(trunk, network, config, data.classes)
         if trunk.readout is None:  # a classifier's statistics are of whole images
-            _recalibrate_stem(network, normalize, data.train, config, device)
+            recalibrate_stem(network, data.train, config, normalize=normalize, device=device)
     objective = build.supervised(config, network)
     compile_blocks(objective, cadence.compile, device)
     trained = parallel(objective, device)
@@ -228,25 +219,3 @@ def _network(config: FinetuneConfig, num_classes: int) -> Classifier | TimmClass
 def _image_size(config: FinetuneConfig) -> tuple[int, int]:
     assert config.data.image_size is not None
     return config.data.image_size
-
-
-def _recalibrate_stem(
-    network: Classifier,
-    normalize: Normalize,
-    images: ImageSource,
-    config: FinetuneConfig,
-    device: torch.device,
-) -> None:
-    """Statistics of a stem's batch norm from a few whole training images, where pretraining masked them."""
-    view = EvalView(_image_size(config), crop=1.0, interpolation=config.data.interpolation)
-    loader = eval_loader(Substituting(images), view, batch_size=_EVALUATION_BATCH, workers=0)
-    # as many as every process has: the statistics are reduced over processes
-    whole = max(1, len(images) // (distributed.world_size() * _EVALUATION_BATCH))
-    some = islice(loader, min(whole, _RECALIBRATION_BATCHES))
-    batches = (normalize(to_unit(batch.images, device)) for batch in some)
-    recalibrate(network.backbone.get_submodule("stem"), batches)
-
-
-def _moments(config: FinetuneConfig, images: ImageSource) -> Moments:
-    assert config.data.mean is not None and config.data.std is not None
-    return build.statistics(config.data.mean, config.data.std, images)

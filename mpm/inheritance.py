@@ -1,18 +1,31 @@
 """What fine-tuning takes from a pretrained checkpoint."""
 
 import logging
+from itertools import islice
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from mpm import configfile
+from mpm import build, configfile, distributed
 from mpm.backbones.classifier import Classifier
 from mpm.config import ClassAttentionReadout, FinetuneConfig, Positions, Readout, TokenReadout
+from mpm.data.datasets import ImageSource
+from mpm.data.loading import eval_loader
+from mpm.data.subsets import Subset
+from mpm.data.substitution import Substituting
+from mpm.data.views import EvalView
+from mpm.patchify.norms import recalibrate
+from mpm.patchify.pixels import Moments, Normalize, to_unit
 from mpm.trunk import Trunk
 
-__all__ = ["has_fresh_readout", "inherit", "start_from", "with_data"]
+__all__ = ["has_fresh_readout", "inherit", "recalibrate_stem", "start_from", "with_statistics"]
 
 log = logging.getLogger(__name__)
+
+_BATCH = 256
+_BATCHES = 20
 
 
 def inherit(config: FinetuneConfig, trunk: Trunk | None) -> FinetuneConfig:
@@ -27,7 +40,7 @@ def inherit(config: FinetuneConfig, trunk: Trunk | None) -> FinetuneConfig:
     data = config.data
     if trunk is None:
         defaults = {"channels": 3, "mean": "imagenet", "std": "imagenet"}
-        return with_data(
+        return _with_data(
             config, **{key: value for key, value in defaults.items() if getattr(data, key) is None}
         )
     backbone = trunk.backbone if config.backbone is None else config.backbone.over(trunk.backbone)
@@ -35,7 +48,7 @@ def inherit(config: FinetuneConfig, trunk: Trunk | None) -> FinetuneConfig:
     inherited: dict[str, Any] = {"image_size": trunk.image_size, "channels": trunk.channels}
     if data.channels in (None, trunk.channels):
         inherited |= {"mean": trunk.mean, "std": trunk.std}
-    config = with_data(
+    config = _with_data(
         config, **{key: value for key, value in inherited.items() if getattr(data, key) is None}
     )
     if config.data.mean is None or config.data.std is None:
@@ -112,6 +125,38 @@ def _with_rows(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> dict[str, 
     return theirs | {"tokens": tokens}
 
 
-def with_data(config: FinetuneConfig, **update: Any) -> FinetuneConfig:
+def _with_data(config: FinetuneConfig, **update: Any) -> FinetuneConfig:
     """The configuration with some keys of its data section replaced."""
     return config.model_copy(update={"data": config.data.model_copy(update=update)})
+
+
+def with_statistics(config: FinetuneConfig, images: ImageSource) -> tuple[FinetuneConfig, Moments]:
+    """The configuration with numbers for the mean and deviation of its data, and these numbers."""
+    assert config.data.mean is not None and config.data.std is not None
+    mean, std = build.statistics(config.data.mean, config.data.std, images)
+    return _with_data(config, mean=mean, std=std), (mean, std)
+
+
+def recalibrate_stem(
+    network: Classifier,
+    images: ImageSource,
+    config: FinetuneConfig,
+    *,
+    normalize: Normalize,
+    device: torch.device,
+) -> None:
+    """Statistics of a stem's batch norm from whole training images, where pretraining masked them.
+
+    They are of at most 20 batches of 256 images a process, drawn from all of them: sources lie in the order
+    of their classes.
+    """
+    assert config.data.image_size is not None
+    count = min(len(images), distributed.world_size() * _BATCHES * _BATCH)
+    drawn = np.random.default_rng(config.seed).permutation(len(images))[:count]
+    view = EvalView(config.data.image_size, crop=1.0, interpolation=config.data.interpolation)
+    some = Substituting(Subset(images, drawn.tolist()))
+    loader = eval_loader(some, view, batch_size=_BATCH, workers=config.run.workers)
+    # as many as every process has: the statistics are reduced over processes
+    whole = max(1, count // (distributed.world_size() * _BATCH))
+    batches = (normalize(to_unit(batch.images, device)) for batch in islice(loader, whole))
+    recalibrate(network.backbone.get_submodule("stem"), batches)

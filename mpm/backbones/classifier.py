@@ -27,7 +27,7 @@ class Classifier(nn.Module):
             linear probe).
 
     Attributes:
-        frozen_norms: batch norms that stay in eval mode (see `tune`).
+        stays_in_eval_mode: parts that do, whatever the rest is set to (see `tune`).
         trains_in_eval_mode: whether all of it stays in eval mode: no drop path, batch norm by its running
             statistics (DeiT's fine-tuning at 384 pixels).
     """
@@ -52,14 +52,14 @@ class Classifier(nn.Module):
             for _ in range(readout.num_vectors)
         )
         self.heads = nn.ModuleList(nn.Linear(backbone.dim, num_classes) for _ in range(readout.num_vectors))
-        self.frozen_norms: list[nn.Module] = []
+        self.stays_in_eval_mode: list[nn.Module] = []
         self.trains_in_eval_mode = False
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of every part but those that stay in eval mode."""
         super().train(mode and not self.trains_in_eval_mode)
-        for norm in self.frozen_norms:
-            norm.eval()
+        for part in self.stays_in_eval_mode:
+            part.eval()
         return self
 
     def reset_heads(self) -> None:

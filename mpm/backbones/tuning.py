@@ -36,7 +36,9 @@ def tune(network: Classifier, part: Tune, *, readout_too: bool = False, eval_mod
     by name and so misses the second branch of parallel blocks and the distillation head; `mlp` is the
     same with the other half of the blocks. Tokens and stem (but for its norms) are always frozen.
 
-    A batch norm with frozen weights stays in eval mode, whatever the network is set to.
+    A backbone or readout that is frozen whole stays in eval mode, whatever the network is set to: without
+    drop path, what the heads read is one vector an image. So does a batch norm with frozen weights, which
+    would else learn statistics. The norm before the heads (MAE's linear probe) has no weights, and learns.
 
     Args:
         network: in place.
@@ -58,9 +60,14 @@ def _freeze(network: Classifier, part: Tune, *, readout_too: bool) -> None:
     network.heads.requires_grad_(True)
     if readout_too:
         network.get_submodule("readout").requires_grad_(True)
-    network.frozen_norms = [
-        norm for norm in network.modules() if isinstance(norm, TokenBatchNorm) and not _is_trained(norm)
-    ]
+    parts = (network.get_submodule("backbone"), network.get_submodule("readout"))
+    network.stays_in_eval_mode = [still for part in parts for still in _still(part)]
+
+
+def _still(part: nn.Module) -> list[nn.Module]:
+    if not _is_trained(part):
+        return [part]
+    return [norm for norm in part.modules() if isinstance(norm, TokenBatchNorm) and not _is_trained(norm)]
 
 
 def _is_trained(module: nn.Module) -> bool:

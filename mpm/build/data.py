@@ -127,7 +127,8 @@ def tokenizer_view(config: cfg.PretrainConfig, tokenizer: Tokenizer) -> tuple[in
 
 
 def train_view(config: cfg.FinetuneData, image_size: tuple[int, int]) -> TrainView:
-    """Crops, flips and augments."""
+    """Crops, flips and augments; `config` has numbers for its mean."""
+    assert not isinstance(config.mean, str | None)
     return TrainView(
         image_size,
         crop=SimpleCrop(image_size, interpolation=config.interpolation) if config.crop == "simple" else None,
@@ -138,6 +139,7 @@ def train_view(config: cfg.FinetuneData, image_size: tuple[int, int]) -> TrainVi
         rand_augment=config.rand_augment,
         three_augment=config.three_augment,
         interpolation=config.interpolation,
+        mean=config.mean,
     )
 
 

@@ -12,7 +12,7 @@ from mpm.data.answers import ANSWERS, create_answer_cache
 from mpm.data.loading import ViewDataset
 from mpm.data.rows import check_place
 from mpm.distillation import answer_fingerprint, read_teacher
-from mpm.inheritance import inherit
+from mpm.inheritance import inherit, with_statistics
 from mpm.labelled import open_labelled
 from mpm.run import log_facts, started
 from mpm.training.loop import StopRequest
@@ -50,6 +50,7 @@ def _teach(config: FinetuneConfig, *, device: torch.device, stop: StopRequest) -
     trunk = read_trunk(config.init.checkpoint) if config.init is not None else None
     config = inherit(config, trunk)
     data, stated = open_labelled(config), config.distillation
+    config, _ = with_statistics(config, data.train)
     taught = read_teacher(config, data.classes)
     assert taught is not None and stated is not None and config.data.image_size is not None
     assert stated.cache is not None and stated.crops is not None

@@ -82,6 +82,11 @@ class FinetuneConfig(Section):
                     "readout.kind token reads the class token, but backbone.class_token is false; "
                     "use class_attention or mean"
                 )
+        if self.eval_mode and self.head_norm == "batch":
+            raise ValueError(
+                "eval_mode keeps every batch norm from learning, and head_norm batch knows nothing yet; "
+                "set one of them to its default"
+            )
         if self.loss == "binary_cross_entropy" and self.label_smoothing:
             raise ValueError(
                 f"loss binary_cross_entropy takes no label_smoothing; set {self.label_smoothing:g} to 0"

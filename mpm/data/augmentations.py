@@ -52,18 +52,26 @@ class RandAugment:
     Args:
         policy: timm's words for it, like "rand-m9-mstd0.5-inc1".
         image_size: height, width in pixels; shifts are limited to 0.45 of the shorter side, as in timm.
+        interpolation: of rotations, shears and shifts: "bilinear", "bicubic" or "lanczos".
+        mean: per channel, in [0,1]: the colour of uncovered pixels.
     """
 
-    def __init__(self, policy: str, image_size: tuple[int, int]):
+    def __init__(
+        self, policy: str, image_size: tuple[int, int], *, interpolation: str, mean: tuple[float, ...]
+    ):
         from timm.data.auto_augment import rand_augment_transform
+        from timm.data.transforms import str_to_pil_interp
 
-        shift = int(0.45 * min(image_size))
-        # Uncovered pixels get timm's mean colour; grey images need one number.
-        self._transforms = {
-            channels: rand_augment_transform(policy, {"translate_const": shift, "img_mean": mean})
-            for channels, mean in ((1, (128,)), (3, (124, 116, 104)))
-        }
-        for operation in (op for transform in self._transforms.values() for op in transform.ops):
+        self._channels = len(mean)
+        self._transform = rand_augment_transform(
+            policy,
+            {
+                "translate_const": int(0.45 * min(image_size)),
+                "img_mean": tuple(min(255, round(255 * channel)) for channel in mean),
+                "interpolation": str_to_pil_interp(interpolation),
+            },
+        )
+        for operation in self._transform.ops:
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize
 
@@ -71,10 +79,10 @@ class RandAugment:
         """[C,h,w] -> [C,h,w], uint8.
 
         Raises:
-            ValueError: if the image is deeper than 8 bits, or has neither 1 nor 3 channels.
+            ValueError: if the image is deeper than 8 bits, has neither 1 nor 3 channels, or not the mean's.
         """
         channels = len(image)
-        if channels not in self._transforms or image.dtype != torch.uint8:
+        if channels not in (1, 3) or channels != self._channels or image.dtype != torch.uint8:
             raise ValueError(
                 f"rand_augment works on 8-bit images of 1 or 3 channels, got {image.dtype} with {channels}; "
                 "set rand_augment: null"
@@ -85,7 +93,7 @@ class RandAugment:
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002
         try:
-            augmented = self._transforms[channels](_as_pillow(image))
+            augmented = self._transform(_as_pillow(image))
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002

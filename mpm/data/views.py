@@ -202,6 +202,7 @@ class TrainView:
         rand_augment: timm's policy string, like "rand-m9-mstd0.5-inc1"; for 8 bits and 1 or 3 channels.
         three_augment: grey, solarised or blurred, before the jitter; for the same images.
         interpolation: "bilinear", "bicubic" or "lanczos".
+        mean: per channel, in [0,1]: the colour of what `rand_augment` uncovers.
     """
 
     def __init__(
@@ -216,6 +217,7 @@ class TrainView:
         rand_augment: str | None = None,
         three_augment: bool = False,
         interpolation: str = "bicubic",
+        mean: tuple[float, ...] = (0.5, 0.5, 0.5),
     ):
         if color_jitter and rand_augment:
             raise ValueError("rand_augment changes colours already; set color_jitter to 0")
@@ -224,7 +226,9 @@ class TrainView:
         self._flip = flip
         self._three_augment = ThreeAugment() if three_augment else None
         self._jitter = ColorJitter(color_jitter) if color_jitter else None
-        self._rand_augment = RandAugment(rand_augment, image_size) if rand_augment else None
+        self._rand_augment = None
+        if rand_augment:
+            self._rand_augment = RandAugment(rand_augment, image_size, interpolation=interpolation, mean=mean)
         self._interpolation = interpolation
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:

@@ -183,6 +183,28 @@ def test_training_in_eval_mode_drops_no_path_and_keeps_statistics(part: Tune) ->
     assert {name for name, p in network.named_parameters() if p.grad is not None} == trained(network)
 
 
+@pytest.mark.parametrize("part", ["all", *PARTS])
+def test_the_norm_before_a_head_learns_whatever_is_tuned(part: Tune) -> None:
+    """MAE's linear probe is `head` with that norm, which has statistics and no weights."""
+    network = Classifier(make_backbone(), MeanReadout(DIM), num_classes=CLASSES, head_norm="batch")
+    tune(network, part)
+    network.eval().train()
+    randomize(network.backbone), randomize(network.readout)
+    (norm,) = network.head_norms
+    vectors = network.vectors(random_images(8))
+    network.classify(vectors)
+    assert norm.num_batches_tracked == 1
+    torch.testing.assert_close(norm.running_mean, 0.1 * vectors.detach().mean((0, 1)))
+
+
+def test_a_trunk_that_is_frozen_whole_drops_no_path() -> None:
+    network = tiny(drop_path=0.9)
+    images = random_images(8)
+    expected = network.eval().vectors(images)
+    tune(network, "head")
+    assert network.train().vectors(images).equal(expected)
+
+
 def test_an_average_holds_no_copy_of_what_is_frozen() -> None:
     network = tiny()
     tune(network, "attention")

@@ -1,4 +1,4 @@
-"""3-Augment and the simple crop against Pillow and torchvision, as DeiT III's `augment.py` uses them."""
+"""RandAugment against timm; 3-Augment and the simple crop against what DeiT III makes them of."""
 
 import random
 
@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
+from timm.data import create_transform
 from torchvision.transforms import v2
 
-from mpm.data.augmentations import ThreeAugment
+from mpm.data.augmentations import RandAugment, ThreeAugment
 from mpm.data.crops import SimpleCrop
 from mpm.data.views import TrainView
 
@@ -107,3 +108,21 @@ def test_a_simple_crop_takes_the_place_of_the_random_one() -> None:
     image = picture()
     expected = SimpleCrop((24, 24))(image, np.random.default_rng(3))
     assert torch.equal(view(image, np.random.default_rng(3)), expected)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_rand_augment_is_the_one_of_timms_recipes(interpolation: str) -> None:
+    """`create_transform`, as DeiT, BEiT and MAE call it: also its interpolation, and its mean uncovered."""
+    mean, policy, size = (0.485, 0.456, 0.406), "rand-m9-mstd0.5-inc1", 48
+    theirs = create_transform(
+        size, is_training=True, auto_augment=policy, interpolation=interpolation, mean=mean
+    ).transforms[2]
+    ours = RandAugment(policy, (size, size), interpolation=interpolation, mean=mean)
+    image = picture(3, size, size)
+    for number in range(60):
+        rng = np.random.default_rng(number)
+        seed = int(np.random.default_rng(number).integers(2**32))
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        expected = torch.from_numpy(np.array(theirs(as_pillow(image)))).permute(2, 0, 1)
+        assert torch.equal(ours(image, rng), expected)

@@ -229,7 +229,7 @@ def test_augmentations_refuse_what_they_cannot_change(option: dict, image: torch
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m10"])
 def test_rand_augment_draws_only_from_the_private_generator(channels: int, policy: str) -> None:
     image = picture(channels)
-    view = TrainView((24, 24), rand_augment=policy)
+    view = TrainView((24, 24), rand_augment=policy, mean=(0.4,) * channels)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
     once = [view(image, np.random.default_rng(seed)) for seed in range(40)]
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: NPY002
