@@ -1,7 +1,7 @@
 """Steps of every recipe of fine-tuning as it is written, on generated images of its size, with two blocks.
 
-All but the number of blocks, the batch and the teacher (a small one with random weights) is the recipe's: what
-is trained, eval mode, the norm before the heads, the moving average, a checkpoint of the kind it starts from.
+All but the number of blocks, the batch and the teacher (a small one with random weights) is the recipe's:
+what is trained, eval mode, the norm before the heads, the average, a checkpoint of the kind it starts from.
 """
 
 import copy
@@ -21,7 +21,7 @@ from mpm.config import FinetuneConfig, TimmTeacher, TokenReadout
 from mpm.configfile import load
 from mpm.data.datasets import SyntheticImages
 from mpm.distillation import read_teacher
-from mpm.inheritance import has_fresh_readout, inherit, start_from
+from mpm.inheritance import has_fresh_readout, inherit, start_from, with_statistics
 from mpm.patchify.norms import TokenBatchNorm
 from mpm.patchify.pixels import Normalize
 from mpm.training.ema import create_ema
@@ -76,9 +76,9 @@ def with_weights(trunk: Trunk, num_classes: int) -> Trunk:
         num_classes=num_classes,
     )
     initialize(written, "vit")
-    nn.init.normal_(
-        written.readout.norm.bias, std=0.02
-    )  # so that one that is passed on is told from a new one
+    for name, parameter in written.named_parameters():  # as after training, where LayerScale has grown
+        if name.endswith("gamma"):
+            nn.init.constant_(parameter, 0.5)
     written.reset_heads()
     parts: dict[str, dict[str, Tensor]] = {
         part: written.get_submodule(part).state_dict() for part in ("backbone", "readout", "heads")
@@ -154,7 +154,7 @@ def test_a_recipe_takes_its_steps_as_it_is_written(name: str, words: str | None)
     assert (taught is None) == (config.distillation is None)
     objective = build.supervised(config, network)
     ema = create_ema(objective, decay=config.ema.decay) if config.ema else None
-    moments = (0.5,) * channels
+    config, moments = with_statistics(config, images)
     before = copy.deepcopy(network.state_dict())
     averages = {f"classifier.{key}": p.detach().clone() for key, p in network.named_parameters()}
     reports = train_steps(
@@ -164,7 +164,7 @@ def test_a_recipe_takes_its_steps_as_it_is_written(name: str, words: str | None)
         ),
         prepare=build.prepare_labelled(
             config,
-            normalize=Normalize(moments, moments),
+            normalize=Normalize(*moments),
             num_classes=classes,
             device=CPU,
             teacher=taught.teacher if taught else None,
