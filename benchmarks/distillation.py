@@ -1,17 +1,19 @@
 """What a teacher is worth to small transformers, and through which token: a grid of whole small runs.
 
     python -m benchmarks.distillation teachers --out FILE    # a convnet of timm for each data set and seed
+    python -m benchmarks.distillation answers --out FILE     # what these say of all crops of their students
     python -m benchmarks.distillation rates --out FILE       # students' rates, on held-out training images
     python -m benchmarks.distillation students --out FILE    # none, soft, hard, with a token; ViT and CaiT
     python -m benchmarks.distillation students --out FILE --table    # what is finished
 
 A cell is one data set, architecture, method and seed. Teacher and student of a seed learn from the same
 labels, so that a teacher adds no label, only its own bias. Finished cells are passed over and stopped ones
-continue, so the same command goes on after any stop; students come after the teachers. Cells run on one
-thread each. Needs data/FashionMNIST (scripts/fetch_fashion_mnist.py) and data/clipart
+continue, so the same command goes on after any stop; students come after the teachers and their answers.
+Cells run on one thread each. Needs data/FashionMNIST (scripts/fetch_fashion_mnist.py) and data/clipart
 (scripts/shrink_images.py).
 """
 
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.measuring import Results
-from benchmarks.runs import Job, grid_parser, known, mean_and_deviation, run_grid, top1, train
+from benchmarks.runs import Job, grid_parser, known, mean_and_deviation, python, run_grid, state, top1, train
 from benchmarks.small_images import labelled
 
 
@@ -108,27 +110,64 @@ def teacher_folder(runs: Path, data: str, seed: int) -> Path:
     return runs / f"teacher_{data}_{seed}"
 
 
-def run_cell(cell: Cell, runs: Path) -> dict[str, Any]:
-    """Train a teacher or a student; the outcome."""
+def crops(data: Data) -> int:
+    """As many as epochs: none is shown twice, so that caching their answers changes nothing."""
+    return -(-data.steps // (data.labels // BATCH))
+
+
+def answers_file(runs: Path, data: str, seed: int) -> Path:
+    return runs / f"answers_{data}_{seed}.bin"
+
+
+def teach(data: str, seed: int, runs: Path) -> dict[str, Any]:
+    """Ask a teacher about all crops that its students will see."""
+    cell = Cell("runs", data, "vit", "soft", seed, RATES[data, "vit"])
+    begin = time.perf_counter()
+    folder = runs / f"teach_{data}_{seed}"
+    python("-m", "mpm", "teach", str(state(student_config(cell, runs), folder, seed)))
+    return {
+        "crops": crops(DATA[data]),
+        "bytes": answers_file(runs, data, seed).stat().st_size,
+        "seconds": round(time.perf_counter() - begin, 1),
+    }
+
+
+def student_config(cell: Cell, runs: Path) -> dict[str, Any]:
     data = DATA[cell.data]
-    if cell.method == "teacher":
-        config = common(cell, data.teacher_steps) | {"network": {"model": TEACHER}}
-        return train("finetune", config, teacher_folder(runs, cell.data, cell.seed), cell.seed, metrics=KEPT)
     kind, _, token = cell.method.partition("_")
     config = common(cell, data.steps) | student(cell.architecture, data.patch_size, with_token=bool(token))
     if kind != "none":
-        teacher = {
-            "kind": "checkpoint",
-            "checkpoint": str(teacher_folder(runs, cell.data, cell.seed)),
+        config["distillation"] = {
+            "kind": kind,
+            "through": token or "class",
+            "teacher": {"kind": "checkpoint", "checkpoint": str(teacher_folder(runs, cell.data, cell.seed))},
+            "crops": crops(data),
+            "cache": str(answers_file(runs, cell.data, cell.seed)),
         }
-        config["distillation"] = {"kind": kind, "through": token or "class", "teacher": teacher}
-    return train("finetune", config, runs / cell.name, cell.seed, metrics=KEPT)
+    return config
+
+
+def run_cell(cell: Cell, runs: Path) -> dict[str, Any]:
+    """Train a teacher, keep its answers, or train a student; the outcome."""
+    data = DATA[cell.data]
+    if cell.method == "answers":
+        return teach(cell.data, cell.seed, runs)
+    if cell.method == "teacher":
+        config = common(cell, data.teacher_steps) | {"network": {"model": TEACHER}}
+        return train("finetune", config, teacher_folder(runs, cell.data, cell.seed), cell.seed, metrics=KEPT)
+    return train("finetune", student_config(cell, runs), runs / cell.name, cell.seed, metrics=KEPT)
 
 
 def grid_teachers(seeds: int) -> Iterator[Cell]:
     for seed in range(seeds):
         for data in DATA:
             yield Cell("runs", data, TEACHER, "teacher", seed, TEACHER_LR)
+
+
+def grid_answers(seeds: int) -> Iterator[Cell]:
+    for seed in range(seeds):
+        for data in DATA:
+            yield Cell("runs", data, TEACHER, "answers", seed, TEACHER_LR)
 
 
 def grid_students(seeds: int) -> Iterator[Cell]:
@@ -145,7 +184,12 @@ def grid_rates(seeds: int) -> Iterator[Cell]:
             yield Cell("rates", data, architecture, "none", SEARCH_SEED, lr)
 
 
-GRIDS = {"teachers": grid_teachers, "rates": grid_rates, "students": grid_students}
+GRIDS = {
+    "teachers": grid_teachers,
+    "answers": grid_answers,
+    "rates": grid_rates,
+    "students": grid_students,
+}
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -178,6 +222,8 @@ def main() -> None:
     options = parser.parse_args()
     cells = [cell for cell in GRIDS[options.grid](options.seeds) if (options.only or "") in cell.name]
     records = known(options.out)
+    if options.table and options.grid == "answers":
+        parser.error("answers have no scores")
     if options.table:
         names = {cell.name for cell in cells}
         print(table([record for record in records if record["name"] in names]))

@@ -75,6 +75,33 @@ def mean_and_deviation(values: list[float], *, unit: float = 100.0) -> str:
     return f"{unit * statistics.mean(values):6.2f} +- {deviation:>5} ({len(values)})"
 
 
+def state(config: dict[str, Any], folder: Path, seed: int) -> Path:
+    """The file of a configuration, of a run on one thread."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run = {
+        "output_dir": str(folder),
+        "workers": 0,
+        "threads": 1,
+        "device": "cpu",
+        "keep": 1,
+        "save_every": 200,
+    }
+    file = folder / "stated.json"  # JSON is YAML
+    file.write_text(json.dumps({"seed": seed, "run": run, **config}, indent=1))
+    return file
+
+
+def python(*words: str) -> None:
+    """Run a program of this repository.
+
+    Raises:
+        RuntimeError: with the end of what it wrote, if it failed.
+    """
+    ended = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    if ended.returncode:
+        raise RuntimeError(f"{' '.join(words)}\n{ended.stderr[-2000:]}")
+
+
 def train(
     script: str, config: dict[str, Any], folder: Path, seed: int, *, metrics: Iterable[str] = ()
 ) -> dict[str, Any]:
@@ -93,22 +120,8 @@ def train(
     Raises:
         RuntimeError: with the end of what it wrote, if it failed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    run = {
-        "output_dir": str(folder),
-        "workers": 0,
-        "threads": 1,
-        "device": "cpu",
-        "keep": 1,
-        "save_every": 200,
-    }
-    file = folder / "stated.json"  # JSON is YAML
-    file.write_text(json.dumps({"seed": seed, "run": run, **config}, indent=1))
     begin = time.perf_counter()
-    command = [sys.executable, f"{script}.py", "--config", str(file)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if ended.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{ended.stderr[-2000:]}")
+    python(f"{script}.py", "--config", str(state(config, folder, seed)))
     last: dict[str, Any] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         last |= json.loads(line)

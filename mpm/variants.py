@@ -211,8 +211,10 @@ def _masked() -> dict[str, Variant]:
         trunk = _SIZES[size]._replace(positions=SINCOS)
         start = ("mae", "vit", 2e-5)
         named[f"mae_{size}"] = Variant(trunk, "MAE", "mae", (224,), _MEAN, both, *start, _MAE_DECODER)
-    # SimMIM's ViT is BEiT's code; how its classifier's head starts is not in the sources above
-    trunk, starts = named["beit_b"].architecture, ("beit", "beit_finetuning")
+    trunk, starts = (
+        named["beit_b"].architecture,
+        ("beit", "beit_finetuning", 2e-5),
+    )  # SimMIM's ViT is BEiT's code
     named["simmim_b"] = Variant(trunk, "SimMIM", "simmim", (224,), _MEAN, both, *starts)
     return named
 

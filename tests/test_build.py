@@ -1,6 +1,7 @@
 """Every file under configs/ builds and runs at full size (on meta), with the published parameters."""
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,9 @@ PRETRAIN = [name for name in NAMES if "finetune" not in name and name not in TOK
 CODES = 8192
 
 
-def pretrain_config(name: str) -> PretrainConfig:
-    return load(ROOT / f"{name}.yaml", [], PretrainConfig).config
+@cache
+def pretrain_config(name: str, *words: str) -> PretrainConfig:
+    return load(ROOT / f"{name}.yaml", words, PretrainConfig).config
 
 
 def masked_prediction(config: PretrainConfig) -> MaskedPrediction:
@@ -45,22 +47,30 @@ def masked_prediction(config: PretrainConfig) -> MaskedPrediction:
 def fine_tuning_config(name: str, *words: str) -> FinetuneConfig:
     """With what it takes from the checkpoint it starts from, which another file or a published one makes."""
     config = load(ROOT / f"{name}.yaml", words, FinetuneConfig).config
+    return inherit(config, trunk_for(config))
+
+
+def trunk_for(config: FinetuneConfig) -> Trunk | None:
+    """What it starts from, without weights; None: from scratch."""
     if config.init is None:
-        return inherit(config, None)
+        return None
     for theirs in map(pretrain_config, PRETRAIN):
         if str(theirs.run.output_dir) == config.init.checkpoint:
-            return inherit(config, trunk_of(theirs.backbone, theirs.data.image_size, theirs.data.channels))
+            return trunk_of(theirs.backbone, theirs.data.image_size, theirs.data.channels)
     for other in FINETUNE:
-        folder = load(ROOT / f"{other}.yaml", [], FinetuneConfig).config.run.output_dir
-        if str(folder) == config.init.checkpoint:
+        if folder_of(other) == config.init.checkpoint:
             before = fine_tuning_config(other)
             assert before.backbone is not None
             trunk = trunk_of(before.backbone, before.data.image_size, before.data.channels)
-            return inherit(config, trunk._replace(readout=before.readout))
+            return trunk._replace(readout=before.readout)
     assert config.backbone is not None
     assert Path(config.init.checkpoint).suffix == ".pth"
-    published = BackboneConfig(variant=config.backbone.variant)
-    return inherit(config, trunk_of(published, (224, 224), 3))
+    return trunk_of(BackboneConfig(variant=config.backbone.variant), (224, 224), 3)
+
+
+@cache
+def folder_of(name: str) -> str:
+    return str(load(ROOT / f"{name}.yaml", [], FinetuneConfig).config.run.output_dir)
 
 
 def trunk_of(backbone: BackboneConfig, image_size: tuple[int, int], channels: int) -> Trunk:

@@ -1,46 +1,56 @@
-"""Rates and scales of the recipes under configs/finetune against the released code's, step by step."""
+"""Recipes under configs/finetune against the papers and the released code, and their rates step by step."""
 
 import math
-from typing import NamedTuple
 
 import pytest
+import torch
+from timm.scheduler import CosineLRScheduler
 
 from mpm import build
 from mpm.configfile import load
-from tests.test_build import ROOT, FinetuneConfig, fine_tuning_config
+from tests.published_recipes import OPEN, RECIPES
+from tests.recipes import Cosine, recipe_of
+from tests.test_build import FINETUNE, ROOT, FinetuneConfig, fine_tuning_config
 
 IMAGES = 1_281_167
-
-
-class Published(NamedTuple):
-    """A column of a paper's table of fine-tuning."""
-
-    lr: float
-    layer_decay: float
-    epochs: int
-    warmup: int
-    smallest: float
-    batch: int
-    depth: int
-
-
-MASKED = {
-    "vitb_beit_in1k": Published(4e-3, 0.65, 100, 20, 1e-6, 1024, 12),
-    "vitl_beit_in1k": Published(1e-3, 0.75, 50, 5, 1e-6, 1024, 24),
-    "vitb_beitv2_in1k": Published(5e-4, 0.6, 100, 20, 1e-6, 1024, 12),
-    "vitl_beitv2_in1k": Published(2e-4, 0.8, 50, 5, 1e-6, 1024, 24),
-    "vitb_in1k": Published(5e-4 * 1024 / 256, 0.65, 100, 5, 1e-6, 1024, 12),
-    "vitl_mae_in1k": Published(1e-3 * 1024 / 256, 0.75, 50, 5, 1e-6, 1024, 24),
-    "vitb_simmim_in1k": Published(1.25e-3 * 2048 / 512, 0.65, 100, 20, 2.5e-7 * 2048 / 512, 2048, 12),
-    "vitb_mae_linear_in1k": Published(0.1 * 16384 / 256, 1.0, 90, 10, 0.0, 16384, 12),
+PUBLISHED = [name for name in FINETUNE if name.startswith("finetune/") and name != "finetune/debug"]
+# blocks of those that learn at a rate for each layer, and of the probe
+DEPTHS = {
+    "vitb_beit_in1k": 12,
+    "vitl_beit_in1k": 24,
+    "vitb_beitv2_in1k": 12,
+    "vitl_beitv2_in1k": 24,
+    "vitb_in1k": 12,
+    "vitl_mae_in1k": 24,
+    "vitb_simmim_in1k": 12,
+    "vitb_mae_linear_in1k": 12,
+    "vitb_beit_cifar100": 12,
 }
-SUPERVISED = {
-    "deit_in1k": Published(5e-4 * 1024 / 512, 1.0, 300, 5, 1e-5, 1024, 12),
-    "cait_in1k": Published(5e-4 * 1024 / 512, 1.0, 400, 5, 1e-5, 1024, 24),
-    "deit3_in1k": Published(3e-3, 1.0, 800, 5, 1e-5, 2048, 12),
-    "three_things_in1k": Published(3e-3, 1.0, 300, 5, 1e-5, 2048, 12),
-    "inat18": Published(7.5e-5, 1.0, 360, 5, 1e-5, 768, 12),
-}
+
+
+def cosines(over: str) -> list[str]:
+    """Recipes whose half cosine is over these steps."""
+    shapes = {name: recipe["schedule"] for name, recipe in RECIPES.items()}
+    return [name for name, shape in shapes.items() if isinstance(shape, Cosine) and shape.over == over]
+
+
+def same(found: object, expected: object) -> bool:
+    """Numbers up to rounding."""
+    if isinstance(expected, tuple) and isinstance(found, tuple):
+        return (
+            type(found) is type(expected) and len(found) == len(expected) and all(map(same, found, expected))
+        )
+    return found == (pytest.approx(expected, rel=1e-9) if isinstance(expected, float) else expected)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_states_what_its_paper_states(name: str) -> None:
+    """Every column, with what comes from the checkpoint and from the variant."""
+    found, expected = recipe_of(fine_tuning_config(name)), RECIPES[name.removeprefix("finetune/")]
+    assert found.keys() == expected.keys()
+    columns = [key for key in expected if expected[key] is not OPEN]
+    wrong = {key: (found[key], expected[key]) for key in columns if not same(found[key], expected[key])}
+    assert not wrong, "found, expected"
 
 
 def official_layer(name: str, depth: int) -> int:
@@ -62,57 +72,90 @@ def official_name(name: str) -> str:
     return ours.get(part, name)
 
 
-@pytest.mark.parametrize("name", MASKED)
-def test_layers_learn_at_the_published_scales(name: str) -> None:
-    """Of a network of the recipe's depth, made thin; scale = decay^(depth + 1 - layer)."""
-    published, config = MASKED[name], fine_tuning_config(f"finetune/{name}")
+def thin_optimizer(name: str) -> torch.optim.Optimizer:
+    """Of a network of the recipe's depth, made thin."""
+    config = fine_tuning_config(f"finetune/{name}")
     assert config.backbone is not None
     thin = config.backbone.model_copy(update={"dim": 8, "heads": 2, "mlp_ratio": 1.0})
     network = build.classifier(config, thin, image_size=config.data.image_size, channels=3, num_classes=3)
     optimizer = build.optimizer(config.optim, build.supervised(config, network))
-    scales = {key: group["lr_scale"] for group in optimizer.param_groups for key in group["names"]}
-    assert len(scales) == len(list(network.parameters()))
+    assert optimizer is not None
+    assert sum(len(group["names"]) for group in optimizer.param_groups) == len(list(network.parameters()))
+    return optimizer
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_layers_learn_at_the_published_scales(name: str) -> None:
+    """scale = decay^(depth + 1 - layer)."""
+    depth, decay = DEPTHS[name], RECIPES[name]["layer_decay"]
+    scales = {key: group["lr_scale"] for group in thin_optimizer(name).param_groups for key in group["names"]}
     for key, scale in scales.items():
-        layer = official_layer(official_name(key), published.depth)
-        expected = published.layer_decay ** (published.depth + 1 - layer)
+        expected = decay ** (depth + 1 - official_layer(official_name(key), depth))
         assert scale == pytest.approx(expected, rel=1e-12), key
-    assert len(set(scales.values())) == (1 if published.layer_decay == 1 else published.depth + 2)
+    assert len(set(scales.values())) == (1 if decay == 1 else depth + 2)
+
+
+def test_simmims_layers_end_at_a_rate_of_their_own_and_not_at_one_for_all() -> None:
+    """timm's scheduler, as SimMIM builds it, tends to one `lr_min` in every group; the gap is below 1e-6."""
+    recipe = RECIPES["vitb_simmim_in1k"]
+    shape, scales = recipe["schedule"], [0.65**i for i in range(14)]
+    groups = [
+        {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": recipe["lr"] * scale} for scale in scales
+    ]
+    theirs = CosineLRScheduler(
+        torch.optim.SGD(groups), t_initial=100, lr_min=shape.final, warmup_t=20, warmup_lr_init=shape.start
+    )
+    ours = build.Schedule(fine_tuning_config("finetune/vitb_simmim_in1k").optim, 2048)  # a step is an epoch
+    assert ours.steps == 100
+    gaps = []
+    for step in range(20, 101):
+        theirs.step(step)
+        rates = [group["lr"] for group in theirs.optimizer.param_groups]
+        lr = ours.lr_at(step)
+        assert rates[0] == pytest.approx(lr)
+        gaps.append([rate - lr * scale for rate, scale in zip(rates, scales, strict=True)])
+    for last, scale in zip(gaps[-1], scales, strict=True):
+        assert last == pytest.approx((1 - scale) * 1e-6, abs=1e-12)
+    assert all(-1e-12 < gap < 1e-6 for step in gaps for gap in step)
 
 
 def schedule_of(name: str) -> build.Schedule:
     return build.Schedule(load(ROOT / f"finetune/{name}.yaml", [], FinetuneConfig).config.optim, IMAGES)
 
 
-@pytest.mark.parametrize("name", [name for name in MASKED if "simmim" not in name])
+@pytest.mark.parametrize("name", cosines("rest"))
 def test_every_steps_rate_is_beits_and_maes(name: str) -> None:
-    """BEiT's list and, after the warm-up, MAE's function of the fractional epoch."""
-    published, schedule = MASKED[name], schedule_of(name)
-    per_epoch = IMAGES // published.batch
-    steps, warmup = published.epochs * per_epoch, published.warmup * per_epoch
+    """BEiT's list and, after the warm-up, MAE's function of the fractional epoch; on ImageNet-1k."""
+    published, schedule = RECIPES[name], schedule_of(name)
+    peak, smallest, epochs = published["lr"], published["schedule"].final, published["epochs"]
+    per_epoch = IMAGES // published["batch_size"]
+    steps, warmup = epochs * per_epoch, published["warmup_epochs"] * per_epoch
     assert (schedule.steps, schedule.per_epoch) == (steps, per_epoch)
     for step in [*range(0, steps, 97), warmup - 1, warmup, steps - 1]:
         if step < warmup:
-            expected = published.lr * step / (warmup - 1)
+            expected = peak * step / (warmup - 1)
         else:
             epoch = step // per_epoch + step % per_epoch / per_epoch
-            half = 1 + math.cos(math.pi * (epoch - published.warmup) / (published.epochs - published.warmup))
-            expected = published.smallest + (published.lr - published.smallest) * 0.5 * half
+            first = published["warmup_epochs"]
+            half = 1 + math.cos(math.pi * (epoch - first) / (epochs - first))
+            expected = smallest + (peak - smallest) * 0.5 * half
         assert schedule.lr_at(step) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", [*SUPERVISED, "vitb_simmim_in1k"])
+@pytest.mark.parametrize("name", cosines("run"))
 def test_every_steps_rate_is_timms(name: str) -> None:
-    """timm's cosine over the whole run, under a warm-up from 1e-6."""
-    published, schedule = (SUPERVISED | MASKED)[name], schedule_of(name)
-    per_epoch = schedule.per_epoch
-    steps, warmup = published.epochs * per_epoch, published.warmup * per_epoch
-    assert schedule.steps == steps
+    """timm's cosine over the whole run, under a warm-up from 1e-6; on ImageNet-1k."""
+    published, schedule = RECIPES[name], schedule_of(name)
+    peak, smallest = published["lr"], published["schedule"].final
+    per_epoch = IMAGES // published["batch_size"]
+    steps, warmup = published["epochs"] * per_epoch, published["warmup_epochs"] * per_epoch
+    assert (schedule.steps, schedule.per_epoch) == (steps, per_epoch)
     for step in [*range(0, steps, 997), warmup - 1, warmup, steps - 1]:
         if step < warmup:
-            expected = 1e-6 + (published.lr - 1e-6) * step / (warmup - 1)
+            expected = 1e-6 + (peak - 1e-6) * step / (warmup - 1)
         else:
             half = 1 + math.cos(math.pi * step / steps)
-            expected = published.smallest + (published.lr - published.smallest) * 0.5 * half
+            expected = smallest + (peak - smallest) * 0.5 * half
         assert schedule.lr_at(step) == pytest.approx(expected, rel=1e-9)
 
 
@@ -122,11 +165,3 @@ def test_deit_at_384_is_constant_and_cait_halves_every_ten_epochs() -> None:
     assert {deit3.lr_at(step) for step in range(5 * deit3.per_epoch, deit3.steps, 1000)} == {1e-5}
     for epoch in range(5, 60):
         assert cait.lr_at(epoch * cait.per_epoch) == pytest.approx(5e-6 * 0.5 ** (epoch // 10))
-
-
-@pytest.mark.parametrize("name", [*MASKED, *SUPERVISED])
-def test_a_recipe_states_the_published_batch_and_rate(name: str) -> None:
-    published = (MASKED | SUPERVISED)[name]
-    optim = load(ROOT / f"finetune/{name}.yaml", [], FinetuneConfig).config.optim
-    assert (optim.batch_size, optim.layer_decay) == (published.batch, published.layer_decay)
-    assert optim.lr == pytest.approx(published.lr)

@@ -98,7 +98,7 @@ def test_layer_scale_drop_path_and_distributions_after_construction(name: str) -
         for t in (classifier.backbone.prefix_tokens, *tables(classifier))
         if t is not None
     ]
-    head_std = 2e-5 if name.startswith(("beit", "mae")) else 0.02
+    head_std = 2e-5 if name.startswith(("beit", "mae", "simmim")) else 0.02
     for parts, std in ((drawn, 0.02), (heads, head_std), (tokens, 0.02)):
         numbers = torch.cat(parts) if parts else torch.empty(0)
         if len(numbers) > 100:

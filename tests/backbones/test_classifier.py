@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mpm.backbones.backbone import Encoded
 from mpm.backbones.classifier import Classifier, fold_head_norms
-from mpm.backbones.readouts import MeanReadout, TokenReadout
+from mpm.backbones.readouts import ClassAttentionReadout, MeanReadout, TokenReadout
 from tests.networks import DEPTH, DIM, GRID, HEADS, make_backbone, random_images, randomize
 
 CLASSES = 5
@@ -156,13 +156,29 @@ def test_the_token_is_the_first_of_the_prefix() -> None:
     torch.testing.assert_close(readout(encoded), readout.norm(encoded.prefix[:, 0])[:, None])
 
 
-def test_layer_of() -> None:
-    classifier = Classifier(make_backbone(), MeanReadout(DIM), num_classes=CLASSES)
+@pytest.mark.parametrize("reader", ["mean", "token", "class_attention"])
+def test_layer_of(reader: str) -> None:
+    """BEiT's numbers. Class attention, which no released code has rates for, is the last layer, whole.
+
+    CaiT's class token enters there, so that it is no part of layer 0, as other tokens are.
+    """
+    readouts = {
+        "mean": MeanReadout(DIM),
+        "token": TokenReadout(DIM),
+        "class_attention": ClassAttentionReadout(DIM, HEADS, num_vectors=2),
+    }
+    readout = readouts[reader]
+    classifier = Classifier(make_backbone(), readout, num_classes=CLASSES)
     expected = {"stem": 0, "positions": 0, "prefix_tokens": 0, "blocks.0": 1, "blocks.1": 2}
+    last = set()
     for name, _ in classifier.named_parameters():
         inner = name.removeprefix("backbone.")
         layers = {layer for start, layer in expected.items() if inner.startswith(start)} or {DEPTH + 1}
         assert {classifier.layer_of(name)} == layers, name
+        if layers == {DEPTH + 1}:
+            last.add(".".join(name.split(".")[:2]))
+    of_reader = {"readout.tokens", "readout.blocks"} if reader == "class_attention" else set()
+    assert last == {f"heads.{q}" for q in range(readout.num_vectors)} | {"readout.norm"} | of_reader
     for unknown in ("norm.weight", "backbone.norm.weight", "head.weight"):
         with pytest.raises(KeyError, match="is no parameter of"):
             classifier.layer_of(unknown)
