@@ -156,7 +156,7 @@ class RowCache:
         return int((self._states == _DONE).sum()), self._states.size
 
     def missing(self) -> Iterator[tuple[int, int, int]]:
-        """Rows that are not filled, also those of broken images, as (crop, first image, one after the last)."""
+        """Rows that are not filled, also of broken images, as (crop, first image, one after the last)."""
         for crop, states in enumerate(self._states):
             edges = np.flatnonzero(np.diff(states != _DONE, prepend=False, append=False))
             for first, stop in edges.reshape(-1, 2).tolist():
