@@ -140,7 +140,7 @@ def _add_probe(commands: Any) -> None:
         "probe",
         "score frozen features layer by layer: k-NN, linear and attentive probes",
         more="Settings and the best layer are chosen on held-out training features, never on test images.\n"
-        "Images are the checkpoint's own where none are given.",
+        "Images are the checkpoint's own where none are given. Of a model of timm the output is scored.",
         example="mpm probe runs/vitb_mae --train photos --test photos --attentive",
     )
     add_checkpoint(command, "of pretraining or fine-tuning")
