@@ -6,6 +6,7 @@ from mpm import build
 from mpm.config import FinetuneConfig, HeldOut, Source
 from mpm.data.datasets import ImageSource
 from mpm.data.subsets import Subset, labelled_subset, train_val_split
+from mpm.evaluation.classes import class_difference
 
 __all__ = ["LabelledData", "open_labelled"]
 
@@ -67,8 +68,8 @@ def open_labelled(config: FinetuneConfig) -> LabelledData:
     test = opened(config.data.test, "test") if config.data.test is not None else None
     for name, images in (("val", val), ("test", test)):
         if images is not None and images.classes != classes:
-            raise ValueError(
-                f"data.{name} has {len(images.classes or ())} classes, data.train {len(classes)}, or they "
-                "are named otherwise; name the folders alike"
+            difference = class_difference(
+                images.classes or (), classes, name=f"data.{name}", other="data.train"
             )
+            raise ValueError(f"{difference}; name the folders alike")
     return LabelledData(train, val, test, classes)

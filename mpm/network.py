@@ -145,6 +145,11 @@ class Network(nn.Module):
         return stack([self.view(image) for image in images])
 
     @property
+    def depth(self) -> int:
+        """Blocks that can be told apart; 0 of a model of timm."""
+        return 0 if self._architecture is None else self.backbone.depth
+
+    @property
     def architecture(self) -> Architecture:
         """Of the backbone.
 

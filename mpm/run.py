@@ -92,7 +92,7 @@ def write_picture(file: Path, picture: Tensor) -> None:
     if distributed.is_main():
         from PIL import Image
 
-        Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(file)
+        Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(file, format="PNG")
 
 
 def _log_to(file: Path) -> None:

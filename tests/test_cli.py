@@ -245,6 +245,7 @@ def test_evaluation_repeats_the_test_of_the_run(
     assert sum(each["images"] for each in scores["classes"].values()) == 30
     with Image.open(picture) as image:
         assert min(image.size) > 100
+    assert f"wrote {picture}: confusion matrix of 30 images" in ended.err
 
 
 def test_evaluation_takes_other_images_and_prints_a_table(
@@ -260,7 +261,8 @@ def test_evaluation_takes_other_images_and_prints_a_table(
     ended = commands("mpm", "evaluate", finetuned, "data.test.kind=folder", f"data.test.root={photos}")
     assert ended.status == 2
     assert (
-        "ant, bee unknown to the network; texture_0, texture_1, texture_2 without images" in ended.complaint
+        "(ant, bee unknown to the network; texture_0, texture_1, texture_2 and 1 more without images)"
+        in ended.complaint
     )
 
 

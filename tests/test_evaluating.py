@@ -97,6 +97,20 @@ def test_folders_that_are_numbers_are_classes_by_number(
     assert found["classes_matched"] in caplog.text
     with Image.open(tmp_path / "mistakes.png") as picture:
         assert picture.width > 400
+    assert f"wrote {tmp_path / 'mistakes.png'}: the surest of {right.count(False)} mistakes" in caplog.text
+    listed = {}
+    for file in root.rglob("*.png"):
+        said = said_of(loaded, file)
+        if int(said.argmax()) != int(file.parent.name):
+            true, predicted = loaded.classes[int(file.parent.name)], loaded.classes[int(said.argmax())]
+            listed[str(file.relative_to(root))] = (
+                true,
+                predicted,
+                pytest.approx(float(said.max()), rel=1e-4),
+            )
+    told = found["mistakes"]
+    assert {each["image"]: (each["true"], each["predicted"], each["confidence"]) for each in told} == listed
+    assert [each["confidence"] for each in told] == sorted((e["confidence"] for e in told), reverse=True)
 
 
 def test_real_labels_skip_images_without_any(
@@ -213,6 +227,7 @@ def test_two_processes_give_the_scores_of_one(
     for found in (on_two, on_one):
         for name in measured:
             del found[name]
+        found["mistakes"] = {each["image"]: each["predicted"] for each in found["mistakes"]}
     assert on_two == on_one
     assert on_two["count"] == 25
 
@@ -255,6 +270,21 @@ def test_mistakes_on_the_command_line_are_told_before_anything_is_loaded(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "A", "-o", "out.pdf"],
+        ["evaluate", "A", "--mistakes", "out.pdf"],
+        ["attention", "A", "A", "-o", "out.pdf"],
+        ["reconstruct", "A", "A", "-o", "out.pdf"],
+    ],
+)
+def test_pictures_are_png(words: list[str], network: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([str(network) if word == "A" else word for word in words])
+    assert "pictures are PNG; give out.pdf the ending .png" in capsys.readouterr().err
+
+
 def test_attention_is_drawn_for_images_of_a_folder(
     network: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -263,8 +293,8 @@ def test_attention_is_drawn_for_images_of_a_folder(
     assert cli.main(["attention", str(network), str(root), *words]) == 0
     assert "showing the first 2 of 3 images" in caplog.text
     with Image.open(tmp_path / "out.png") as picture:
-        side = 4 * 32  # enlarged; image, mean, two heads, each with two lines below
-        assert picture.size == (8 + 4 * (4 * 48 + 8), 2 * (side + 2 * 17 + 4 + 8) + 17 + 16)
+        side = 4 * 32  # enlarged; image, mean, two heads, each with two lines below, as below all
+        assert picture.size == (8 + 4 * (4 * 48 + 8), 2 * (side + 2 * 17 + 4 + 8) + 2 * 17 + 16)
 
 
 def test_attention_of_a_loaded_network_follows_its_readout(network: Path) -> None:

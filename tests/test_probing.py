@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from torch import nn
@@ -14,7 +15,8 @@ import mpm
 from mpm import config as cfg
 from mpm.backbones.create import create_backbone
 from mpm.backbones.initialization import initialize
-from mpm.commands.probe_report import Draw, Row, Scored, draws_of, report
+from mpm.backbones.timm_classifier import TimmClassifier
+from mpm.commands.probe_report import Draw, Row, Scored, Sizes, draws_of, report
 from mpm.commands.probe_sources import probe_config
 from mpm.commands.probe_tokens import LabelledImages, RecomputedTokens, keep
 from mpm.commands.probing import feature_rows, layer_features, layer_tokens
@@ -26,7 +28,7 @@ from mpm.evaluation.probes import Score
 from mpm.network import Network
 from mpm.patchify.pixels import Normalize
 from mpm.variants import Architecture
-from tests.command_line import CONFIGS, ROOT, CommandLine
+from tests.command_line import CONFIGS, ROOT, CommandLine, finished_run
 
 TINY = Architecture((4, 4), dim=16, depth=3, heads=2)
 
@@ -77,6 +79,43 @@ def test_features_are_those_of_hooks_on_the_blocks(architecture: Architecture, c
     assert set(rows) == set(expected)
     for number, row in enumerate(rows):
         torch.testing.assert_close(found[:, number], expected[row])
+
+
+def test_of_a_model_of_timm_the_output_is_probed() -> None:
+    model = timm.create_model("test_resnet", num_classes=4)
+    network = Network(
+        model,
+        architecture=None,
+        norm=nn.Identity(),
+        normalize=Normalize((0.5,) * 3, (0.5,) * 3),
+        view=EvalView((32, 32)),
+        reading={"channels": 3},
+        step=0,
+        classifier=TimmClassifier(model),
+    )
+    images = torch.rand(2, 3, 32, 32)
+    assert feature_rows(network) == [Row(None, "output")]
+    expected = model.forward_head(model.forward_features(2 * images - 1), pre_logits=True)
+    torch.testing.assert_close(layer_features(network, images), expected[:, None])
+
+
+@pytest.mark.slow
+def test_a_run_of_a_model_of_timm_is_probed_but_for_its_patches(
+    commands: CommandLine, tmp_path: Path
+) -> None:
+    words = ["init=null", "readout=null", "optim.layer_decay=1"]
+    words += ["network={kind: timm, model: test_resnet, pretrained: false}"]
+    run = finished_run(commands, "finetune.py", CONFIGS / "finetune" / "debug.yaml", *words)
+    ended = commands(*_words(run, "--labels", 20, "--seeds", 0, 1))
+    assert ended.status == 0, ended.err
+    scores = json.loads(ended.out)["scores"]
+    assert [(score["features"], score["probe"]) for score in scores] == [
+        ("output", "k-NN"),
+        ("output", "linear"),
+    ] * 2
+    ended = commands(*_words(run, "--attentive"))
+    assert ended.status == 2
+    assert "tells no patch tokens; leave --attentive out" in ended.complaint
 
 
 def test_kept_tokens_are_those_computed_again() -> None:
@@ -179,6 +218,23 @@ def test_images_come_from_folders_configurations_and_words(finetuned: Path, tmp_
     assert (config.data.test.seed, config.k) == (7, 3)
 
 
+def test_a_fine_tuned_network_probed_on_its_own_training_images_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = (CONFIGS / "finetune" / "debug.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text)
+    other = CONFIGS / "debug.yaml"
+    probe_config(tmp_path, train=None, test=None, words=["data.test.seed=7"])
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"{tmp_path} was fine-tuned on these training images" in caplog.text
+    caplog.clear()
+    probe_config(tmp_path, train=None, test=None, words=["data.train.seed=7"])
+    probe_config(tmp_path, train=tmp_path, test=None, words=[])
+    (tmp_path / "config.yaml").write_text(other.read_text())
+    probe_config(tmp_path, train=None, test=None, words=[])
+    assert not caplog.records
+
+
 def test_missing_images_are_told(commands: CommandLine, tmp_path: Path) -> None:
     written = yaml.safe_load((CONFIGS / "debug.yaml").read_text())
     del written["monitor"]
@@ -205,7 +261,7 @@ def test_the_best_layer_is_chosen_by_held_out_features() -> None:
         _scored(0, 1, None, 0.3, number=10),
         _scored(0, 2, None, 0.2, number=10),
     ]
-    settings = {"sizes": (100, 50, 10), "checkpoint": Path("run"), "step": 4}
+    settings = {"sizes": Sizes((100,), 100, 50, 10), "checkpoint": Path("run"), "step": 4}
     best, few = json.loads(report(scored, **settings, as_json=True))["best"]
     assert best["test"] == pytest.approx(0.55)
     assert best["deviation"] == pytest.approx(0.1 / 2**0.5)
@@ -214,6 +270,22 @@ def test_the_best_layer_is_chosen_by_held_out_features() -> None:
     text = report(scored, **settings, as_json=False)
     assert "55.00 ± 7.07 (block 2 patches in 1, block 1 patches in 1)" in text
     assert "nothing to hold out, on test:  k-NN: 20.00 (block 2 patches)" in text
+
+
+@pytest.mark.parametrize(
+    ("drawn", "train", "told"),
+    [
+        ((1200,), 1200, "1,200 training and 50 test images, 10 classes"),
+        ((50, 50), 97, "50 training images of each draw, 97 in all, and 50 test images, 10 classes"),
+        (
+            (5, 5, 50, 50),
+            97,
+            "5 or 50 training images of each draw, 97 in all, and 50 test images, 10 classes",
+        ),
+    ],
+)
+def test_images_of_a_draw_and_of_all_are_told_apart(drawn: tuple[int, ...], train: int, told: str) -> None:
+    assert str(Sizes(drawn, train, 50, 10)) == told
 
 
 def test_draws_are_every_size_with_every_seed() -> None:

@@ -68,16 +68,18 @@ def attention_maps(
         query: what asks in the last block, where something else is wanted.
 
     Raises:
-        ValueError: if there is no class token.
+        ValueError: if there is no class token in the last block.
     """
     R = backbone.num_prefix
+    if query == "class_token" and isinstance(readout, ClassAttentionReadout):
+        raise ValueError("this network's class token reads by class attention; leave --query out to see it")
     if query == "class_token" and not R:
         raise ValueError("the network has no class token; leave --query out, or use patches")
     if isinstance(readout, ClassAttentionReadout) and query is None:
         Q = readout.num_vectors
         with recorded_attention(readout.blocks) as recorded:
             readout(backbone(images))
-        names = [f"block {number}" for number in range(1, len(recorded) + 1)]
+        names = [f"class-attention block {number}" for number in range(1, len(recorded) + 1)]
         weights = torch.stack(recorded, 1)[..., 0, Q:]  # [B,G,h,N]
         asks = "class token, class attention"
     else:

@@ -10,7 +10,7 @@ from mpm import distributed
 from mpm.backbones.attention_maps import AttentionMaps, Query
 from mpm.commands.inference import ImageFiles, image_files, readable_views
 from mpm.data.channels import to_unit_range
-from mpm.evaluation.gallery import Tile, gallery, scaled
+from mpm.evaluation.gallery import Scale, Tile, gallery, scaled
 from mpm.evaluation.heat import colour_bar, overlay
 from mpm.network import load
 from mpm.objectives.pictures import displayable
@@ -62,10 +62,10 @@ def draw_attention(
             shown = scaled(displayable(to_unit_range(view)[None])[0], _TILE_PX)
             is_signed |= bool((maps.weights < 0).any())
             rows += _rows(shown, Path(source.name(place)).name, maps)
-    legend = f"attention of the {maps.query}; colour: from 0 to the map's largest weight (max)"
+    legend = f"attention of the {maps.query}; each map up to its largest weight (max), fuller above its mean"
     if is_signed:
         legend += "; weights below 0 (talking heads) are drawn as 0"
-    write_picture(output, gallery(rows, legend=legend, bar=colour_bar()))
+    write_picture(output, gallery(rows, legend=legend, scale=Scale(colour_bar(), "0", "max")))
     log.info("wrote %s: %s", output, legend)
 
 

@@ -16,7 +16,7 @@ from mpm.data.loading import eval_loader
 from mpm.data.views import EvalView
 from mpm.evaluation.accuracy import confusion_picture, summarize
 from mpm.evaluation.classes import are_numbers, match_classes
-from mpm.evaluation.mistakes import mistakes_picture
+from mpm.evaluation.mistakes import Mistake, mistakes_picture, worst_mistakes
 from mpm.evaluation.predictions import Predictions, predict_all
 from mpm.evaluation.real import RealAccuracy, places_in_validation, read_real_labels, real_accuracy
 from mpm.evaluation.throughput import images_per_second
@@ -93,14 +93,16 @@ def evaluate(
                         speed=speed,
                     )
                     rows.append(scores)
+        wrong = worst_mistakes(found, scores.classes)
         if picture is not None:
             write_picture(picture, confusion_picture(scores.accuracy.confusion, scores.classes))
+            log.info("wrote %s: confusion matrix of %d images", picture, scores.accuracy.count)
         if mistakes is not None:
-            _draw_mistakes(mistakes, found, scores.classes, source, view)
+            _draw_mistakes(mistakes, wrong, source, view, images=scores.accuracy.count)
     for matched in dict.fromkeys(row.matched for row in rows if row.matched):
         log.info(matched)
     if json:
-        return as_json(rows)
+        return as_json(rows, [(source.name(mistake.place), mistake) for mistake in wrong])
     return as_text(scores) if len(rows) == 1 else as_table(rows)
 
 
@@ -138,13 +140,14 @@ def _real(file: Path, found: Predictions, source: ImageSource, network: Network)
 
 
 def _draw_mistakes(
-    file: Path, found: Predictions, classes: tuple[str, ...], source: ImageSource, view: EvalView
+    file: Path, mistakes: Sequence[Mistake], source: ImageSource, view: EvalView, *, images: int
 ) -> None:
-    if found.is_right.all():
+    if not mistakes:
         log.info("no mistakes; %s is not written", file)
     elif distributed.is_main():
 
         def image_of(place: int) -> Tensor:
             return displayable(to_unit_range(view(source.read(place)))[None])[0]
 
-        write_picture(file, mistakes_picture(found, classes, image_of))
+        write_picture(file, mistakes_picture(mistakes, source.name, image_of, images=images))
+        log.info("wrote %s: the surest of %d mistakes", file, len(mistakes))

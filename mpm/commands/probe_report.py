@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from mpm.evaluation.probes import Score
 
-__all__ = ["Draw", "Row", "Scored", "draws_of", "report"]
+__all__ = ["Draw", "Row", "Scored", "Sizes", "draws_of", "report"]
 
 
 class Draw(NamedTuple):
@@ -69,6 +69,29 @@ class Scored(NamedTuple):
     score: Score
 
 
+class Sizes(NamedTuple):
+    """How many images could be read, and of how many classes.
+
+    Attributes:
+        drawn: training images of each draw.
+        train: training images of all draws together.
+        test: test images.
+        classes: of both.
+    """
+
+    drawn: tuple[int, ...]
+    train: int
+    test: int
+    classes: int
+
+    def __str__(self) -> str:
+        train = f"{self.train:,} training"
+        if set(self.drawn) != {self.train}:
+            each = " or ".join(f"{size:,}" for size in dict.fromkeys(self.drawn))
+            train = f"{each} training images of each draw, {self.train:,} in all,"
+        return f"{train} and {self.test:,} test images, {self.classes} classes"
+
+
 class _Best(NamedTuple):
     """What held-out features chose in the draws of one size.
 
@@ -81,14 +104,12 @@ class _Best(NamedTuple):
     tests: list[float]
 
 
-def report(
-    scored: Sequence[Scored], *, sizes: tuple[int, int, int], checkpoint: Path, step: int, as_json: bool
-) -> str:
+def report(scored: Sequence[Scored], *, sizes: Sizes, checkpoint: Path, step: int, as_json: bool) -> str:
     """Text or JSON.
 
     Args:
         scored: every draw, row and probe.
-        sizes: training images read, test images read, classes.
+        sizes: of the images.
         checkpoint: of the network.
         step: likewise.
         as_json: for machines.
@@ -101,7 +122,9 @@ def report(
             {
                 "checkpoint": str(checkpoint),
                 "step": step,
-                **dict(zip(("train_images", "test_images", "classes"), sizes, strict=True)),
+                "train_images": sizes.train,
+                "test_images": sizes.test,
+                "classes": sizes.classes,
                 "scores": [_plain(one) for one in scored],
                 "best": [
                     {"labels": size, "probe": probe, **_plain_best(_best(own, probe))}
@@ -110,8 +133,7 @@ def report(
                 ],
             }
         )
-    head = f"{sizes[0]:,} training and {sizes[1]:,} test images, {sizes[2]} classes; top-1 in %"
-    return "\n\n".join([head, *(_table(size, own) for size, own in by_size.items())])
+    return "\n\n".join([f"{sizes}; top-1 in %", *(_table(size, own) for size, own in by_size.items())])
 
 
 def _table(size: str, scored: Sequence[Scored]) -> str:

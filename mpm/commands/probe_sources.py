@@ -1,13 +1,17 @@
 """What `mpm probe` is to look at, out of its words; nothing here imports torch."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mpm import configfile
 from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig, ProbeConfig, Source, TokenizerConfig
+from mpm.launch import is_first_process
 
 __all__ = ["probe_config"]
+
+log = logging.getLogger(__name__)
 
 
 def probe_config(
@@ -47,7 +51,14 @@ def probe_config(
                 f"with one folder a class, or data.{part}.kind=... and its other keys"
             )
     base = {"run": own.run.model_dump(mode="json"), "data": data}
-    return configfile.from_words(base, words, ProbeConfig, name=str(checkpoint))
+    config = configfile.from_words(base, words, ProbeConfig, name=str(checkpoint))
+    if isinstance(own, FinetuneConfig) and config.data.train == own.data.train and is_first_process():
+        log.warning(
+            "%s was fine-tuned on these training images: held-out scores, which choose, are of images it has "
+            "learned; name others with --train",
+            checkpoint,
+        )
+    return config
 
 
 def _loaded(file: Path) -> configfile.AnyConfig:

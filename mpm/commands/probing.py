@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpm import build, distributed
-from mpm.commands.probe_report import Draw, Row, Scored, report
+from mpm.commands.probe_report import Draw, Row, Scored, Sizes, report
 from mpm.commands.probe_tokens import KeptTokens, LabelledImages, RecomputedTokens, keep
 from mpm.config import ProbeConfig
 from mpm.data.datasets import ImageSource
@@ -20,6 +20,7 @@ from mpm.data.loading import eval_loader
 from mpm.data.subsets import Subset, labelled_subset
 from mpm.data.views import EvalView
 from mpm.evaluation.attentive_probe import attentive_scores
+from mpm.evaluation.classes import class_difference
 from mpm.evaluation.features import Features
 from mpm.evaluation.layer_features import LayerFeatures, extract_layers
 from mpm.evaluation.probes import held_out_folds, knn_score, linear_score
@@ -59,21 +60,26 @@ def probe(
     Returns: the report; "" on other processes than the main one.
 
     Raises:
-        ValueError: if training and test images have different classes, or too few can be read.
+        ValueError: if training and test images have different classes, too few can be read, or there are no
+            patch tokens for the attentive probe.
     """
     with started(config) as device:
         if attentive and distributed.world_size() > 1:
             raise ValueError("the attentive probe learns on one process; start it without torchrun")
         network = load(checkpoint, device=device)
+        if attentive and not network.depth:
+            raise ValueError(
+                f"{checkpoint} is a whole model of timm, which tells no patch tokens; leave --attentive out"
+            )
         train, test = (
             build.source(source, image_size=network.image_size, channels=network.channels, labelled=True)
             for source in (config.data.train, config.data.test)
         )
         if train.classes != test.classes:
-            raise ValueError(
-                f"data.train has {len(train.classes or ())} classes, data.test {len(test.classes or ())}, or "
-                "they are named otherwise; name the folders alike"
+            difference = class_difference(
+                test.classes or (), train.classes or (), name="data.test", other="data.train"
             )
+            raise ValueError(f"{difference}; name the folders alike")
         chosen = [labelled_subset(train, count=d.number, fraction=d.fraction, seed=d.seed) for d in draws]
         used = np.unique(np.concatenate(chosen))  # what no draw holds is not encoded
         view = EvalView(
@@ -94,20 +100,24 @@ def probe(
             tokens = _tokens(network, pair, device, memory_gib=memory_gib)
         classes = train.classes or ()
         scored: list[Scored] = []
+        drawn: list[int] = []
         for draw, places in zip(draws, chosen, strict=True):
             rows = torch.from_numpy(np.flatnonzero(np.isin(known.places.numpy(), places)))
             what = _Drawn(draw, rows, held_out_folds(known.labels[rows], seed=draw.seed), len(classes))
+            drawn.append(len(rows))
             scored += _pooled_scores(network, known, asked, what, k=config.k, device=device)
             if tokens is not None:
                 scored += _attentive_scores(network, tokens, what)
-    sizes = len(known.labels), len(asked.labels), len(classes)
+    sizes = Sizes(tuple(drawn), len(known.labels), len(asked.labels), len(classes))
     return report(scored, sizes=sizes, checkpoint=checkpoint, step=network.step, as_json=as_json)
 
 
 def feature_rows(network: Network) -> list[Row]:
     """What `layer_features` gives, in its order."""
+    if not network.depth:
+        return [Row(None, "output")]
     kinds = ("patches", "class token") if network.architecture.class_token else ("patches",)
-    blocks = [Row(layer + 1, kind) for layer in range(network.backbone.depth) for kind in kinds]
+    blocks = [Row(layer + 1, kind) for layer in range(network.depth) for kind in kinds]
     return [*blocks, Row(None, "output")]
 
 
@@ -115,9 +125,12 @@ def layer_features(network: Network, images: Tensor) -> Tensor:
     """Features of images [B,C,H,W] after every block, and what `Network.features` gives: [B,F,D].
 
     Tokens are brought to mean 0 and deviation 1, as the next block's norm does but for its gain: the residual
-    stream grows with depth. Then the mean of the patches, and the class token where there is one.
+    stream grows with depth. Then the mean of the patches, and the class token where there is one. A model of
+    timm has no such blocks: F = 1.
     """
-    encoded = network.encode(images, layers=range(network.backbone.depth))
+    if not network.depth:
+        return network.features(images)[:, None]
+    encoded = network.encode(images, layers=range(network.depth))
     first = network.backbone.num_prefix
     features = []
     for stream in encoded.layers:
@@ -130,7 +143,7 @@ def layer_features(network: Network, images: Tensor) -> Tensor:
 
 def layer_tokens(network: Network, images: Tensor) -> Tensor:
     """The patch tokens after every block, each at mean 0 and deviation 1: [B,layers,N,D]."""
-    encoded = network.encode(images, layers=range(network.backbone.depth))
+    encoded = network.encode(images, layers=range(network.depth))
     first = network.backbone.num_prefix
     return torch.stack([_normed(stream[:, first:]) for stream in encoded.layers], dim=1)
 
@@ -168,7 +181,7 @@ def _tokens(
 ) -> TokenPair:
     """Patch tokens of training and test images, kept where they fit."""
     backbone = network.backbone
-    shape = backbone.depth, math.prod(backbone.grid), backbone.dim
+    shape = network.depth, math.prod(backbone.grid), backbone.dim
     first, second = (RecomputedTokens(i, lambda x: layer_tokens(network, x), device) for i in images)
     gib = 2 * math.prod(shape) * sum(len(i.labels) for i in images) / 2**30
     if gib > memory_gib:
@@ -228,4 +241,5 @@ def _attentive_scores(network: Network, tokens: TokenPair, drawn: _Drawn) -> Ite
     scores = attentive_scores(*tokens, rows, folds, num_heads=heads, num_classes=num_classes, seed=draw.seed)
     patches = [name for name in feature_rows(network) if name.features == "patches"]
     for name, score in zip(patches, scores, strict=True):
+        log.info("%s, %s: attentive %.2f %%", draw, name, 100 * score.test)
         yield Scored(draw, name, "attentive", score)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mpm.evaluation.accuracy import SCORES, Accuracy
+from mpm.evaluation.mistakes import Mistake
 from mpm.evaluation.real import RealAccuracy
 
 __all__ = ["Scores", "Speed", "as_json", "as_table", "as_text"]
@@ -130,8 +131,13 @@ def as_table(rows: Sequence[Scores]) -> str:
     return "\n".join([*lines, "", *told])
 
 
-def as_json(rows: Sequence[Scores]) -> str:
-    """One object: of one network with its classes and confusion matrix, of several a list `rows`."""
+def as_json(rows: Sequence[Scores], mistakes: Sequence[tuple[str, Mistake]]) -> str:
+    """One object: of one network with its classes, confusion matrix and mistakes, of several a list `rows`.
+
+    Args:
+        rows: one or more.
+        mistakes: of the last, each with the name of its image.
+    """
     if len(rows) > 1:
         return json.dumps({"rows": [row.numbers() for row in rows]})
     (row,) = rows
@@ -145,7 +151,13 @@ def as_json(rows: Sequence[Scores]) -> str:
         }
         for number, name in enumerate(row.classes)
     }
-    return json.dumps(row.numbers() | {"classes": per_class, "confusion": found.confusion.tolist()})
+    listed = [
+        {"image": image, "true": wrong.true, "predicted": wrong.predicted, "confidence": wrong.confidence}
+        for image, wrong in mistakes
+    ]
+    return json.dumps(
+        row.numbers() | {"classes": per_class, "confusion": found.confusion.tolist(), "mistakes": listed}
+    )
 
 
 def _counts(rows: Sequence[Scores]) -> str:

@@ -147,7 +147,7 @@ def confusion_picture(confusion: Tensor, class_names: Sequence[str] | None = Non
     draw = ImageDraw.Draw(picture)
     draw.rectangle((margin - 1, _GAP_PX - 1, margin + L * cell, L * cell + _GAP_PX), outline="grey")
     corner = (_GAP_PX, L * cell + 3 * _GAP_PX)
-    draw.text(corner, "rows: true\ncolumns: predicted", fill="grey", font=font)
+    draw.text(corner, "rows: true\ncolumns: predicted\nshade: share of row", fill="grey", font=font)
     if named:
         for row, column in np.argwhere(counts).tolist():
             count = counts[row, column]

@@ -5,6 +5,7 @@ the patches, as after masked pretraining, their mean loses some of it. Many prob
 pass over the tokens, one for each layer and rate, as in CAPI's evaluation.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from mpm.evaluation.probes import Score
 
 __all__ = ["RATES", "AttentiveProbe", "TokenSource", "attentive_scores"]
+
+log = logging.getLogger(__name__)
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 _USUAL_RATE = 1e-2  # where no label can be held out
@@ -140,19 +143,27 @@ def attentive_scores(
     tokens, _ = next(train.batches([rows[:1]]))
     layers, dim, device = tokens.shape[1], tokens.shape[3], tokens.device
 
-    def fitted(rates: Sequence[Sequence[float]], rows: Tensor) -> _Probes:
+    def fitted(rates: Sequence[Sequence[float]], rows: Tensor, *, what: str) -> _Probes:
+        log.info("attentive probes of %d layers learn from %d images: %s", layers, len(rows), what)
         probes = _Probes(rates, dim=dim, num_heads=num_heads, num_classes=num_classes, seed=seed)
         return _train(probes.to(device), train, rows, seed=seed)
 
     chosen = [_USUAL_RATE] * layers
     held_out: list[float | None] = [None] * layers
     if folds:
-        right = sum(_hits(fitted([RATES] * layers, rows[~fold]), train, rows[fold]) for fold in folds)
+        right = sum(
+            _hits(
+                fitted([RATES] * layers, rows[~fold], what=f"to choose the rate, {number} of {len(folds)}"),
+                train,
+                rows[fold],
+            )
+            for number, fold in enumerate(folds, start=1)
+        )
         assert isinstance(right, Tensor)  # [layers,rates]
         count = sum(int(fold.sum()) for fold in folds)
         held_out = [int(most) / count for most in right.amax(1)]
         chosen = [RATES[int(place)] for place in right.argmax(1)]
-    final = fitted([(rate,) for rate in chosen], rows)
+    final = fitted([(rate,) for rate in chosen], rows, what="to be tested")
     tested = _hits(final, test, torch.arange(len(test.labels)))[:, 0]
     return [
         Score(held, int(hits) / len(test.labels), rate)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Matching", "are_numbers", "match_classes"]
+__all__ = ["Matching", "are_numbers", "class_difference", "match_classes"]
 
 
 class Matching(NamedTuple):
@@ -60,15 +60,34 @@ def are_numbers(names: Sequence[str]) -> bool:
     return set(names) == set(map(str, range(len(names))))
 
 
+def class_difference(found: Sequence[str], known: Sequence[str], *, name: str, other: str) -> str:
+    """How the classes of two sides differ, as the start of a complaint.
+
+    Args:
+        found: names of the one side, in its order.
+        known: likewise of the other.
+        name: what the one side is called, such as data.test.
+        other: likewise.
+    """
+    sides = {
+        f"unknown to {other}": sorted(set(found) - set(known)),
+        "without images": sorted(set(known) - set(found)),
+    }
+    listed = [f"{_first(names)} {side}" for side, names in sides.items() if names]
+    told = "; ".join(listed) or "of the same names, in another order"
+    return f"{name} has {len(found)} classes, {other} {len(known)} ({told})"
+
+
+def _first(names: Sequence[str], count: int = 3) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return f"{', '.join(names[:count])}{more}"
+
+
 def _difference(found: tuple[str, ...], known: tuple[str, ...]) -> str:
     if known == tuple(map(str, range(len(known)))):
         return (
             f"data.test has {len(found)} classes, the network {len(known)} without names; "
             f"give {len(known)} folders, whose names are in the order of the classes"
         )
-    sides = {"unknown to the network": set(found) - set(known), "without images": set(known) - set(found)}
-    listed = [f"{', '.join(sorted(names)[:3])} {side}" for side, names in sides.items() if names]
-    return (
-        f"data.test has {len(found)} classes, the network {len(known)} "
-        f"({'; '.join(listed)}); give a folder with exactly the network's classes"
-    )
+    difference = class_difference(found, known, name="data.test", other="the network")
+    return f"{difference}; give a folder with exactly the network's classes"

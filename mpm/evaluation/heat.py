@@ -18,12 +18,15 @@ _COLOURS = torch.tensor(
         [252, 255, 190],
     ]
 )
-_LEAST_COVER, _MOST_COVER = 0.3, 0.85  # of the image by the colour
+_LEAST_COVER, _MOST_COVER = 0.2, 0.85  # of the image by the colour
 _DIMMED = 0.7  # brightness of the image, lest white paper outshine the colours
 
 
 def overlay(image: Tensor, weights: Tensor) -> Tensor:
     """The image in grey, coloured by weights between 0 and the map's largest.
+
+    The more a weight is above the map's mean, the more of the image the colour covers: a map that looks
+    everywhere alike leaves all of it to be seen.
 
     Args:
         image: uint8 [3,h,w].
@@ -33,9 +36,10 @@ def overlay(image: Tensor, weights: Tensor) -> Tensor:
     """
     h, w = image.shape[-2:]
     share = weights.clamp(min=0) / weights.max().clamp(min=1e-12)
+    mean = share.mean()
     share = F.interpolate(share[None, None], (h, w), mode="bilinear", align_corners=False)[0, 0]
     grey = (image.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0)
-    cover = _LEAST_COVER + (_MOST_COVER - _LEAST_COVER) * share
+    cover = _LEAST_COVER + (_MOST_COVER - _LEAST_COVER) * (share - mean).clamp(min=0)
     return ((1 - cover) * _DIMMED * grey + cover * _colour(share)).round().clamp(0, 255).to(torch.uint8)
 
 

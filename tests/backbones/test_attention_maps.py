@@ -107,11 +107,13 @@ def test_class_attention_is_the_first_querys_of_each_block() -> None:
     backbone = trunk_of("no prefix")
     readout = randomize(ClassAttentionReadout(DIM, HEADS, depth=3, num_vectors=2)).double()
     found = attention_maps(backbone, images_of(), readout=readout)
-    assert found.groups == ("block 1", "block 2", "block 3")
+    assert found.groups == ("class-attention block 1", "class-attention block 2", "class-attention block 3")
     assert found.weights.shape == (2, 3, HEADS, *GRID)
     assert (found.weights.sum((-1, -2)) < 1).all()
     nn.init.zeros_(readout.blocks[1].attn.k.weight)
     found = attention_maps(backbone, images_of(), readout=readout)
     torch.testing.assert_close(found.weights[:, 1], torch.full((2, HEADS, *GRID), 1 / 14))
-    with pytest.raises(ValueError, match="no class token; leave --query out"):
+    with pytest.raises(ValueError, match="class token reads by class attention; leave --query out"):
         attention_maps(backbone, images_of(), readout=readout, query="class_token")
+    with pytest.raises(ValueError, match="no class token; leave --query out"):
+        attention_maps(backbone, images_of(), readout=MeanReadout(DIM), query="class_token")

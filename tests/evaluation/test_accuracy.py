@@ -92,3 +92,11 @@ def test_confusion_picture_shades_the_diagonal_of_a_perfect_classifier(num_class
     corner = torch.stack([rows.min(), columns.min()])
     assert torch.equal((rows - corner[0]) // cell, (columns - corner[1]) // cell)
     assert len(((rows - corner[0]) // cell).unique()) == num_classes
+
+
+def test_the_confusion_matrix_says_of_what_its_shades_are() -> None:
+    """Three lines in the corner below the rows' names."""
+    picture = confusion_picture(torch.eye(3, dtype=torch.int64))
+    corner = picture[0, 3 * 40 + 24 :, 8:126]
+    inked = (corner < 255).any(1).int()
+    assert int((inked.diff() == 1).sum()) + int(inked[0]) >= 3

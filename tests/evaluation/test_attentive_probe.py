@@ -73,3 +73,16 @@ def test_every_row_is_seen_before_one_comes_again(monkeypatch: pytest.MonkeyPatc
         seen = torch.cat(epoch)
         assert len(set(seen.tolist()) & set(rows.tolist())) == 8
     assert not torch.equal(torch.cat(orders[:2]), torch.cat(orders[2:]))
+
+
+def test_every_fit_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(attentive_probe, "_LEAST_STEPS", 1)
+    train, rows = _marked(10), torch.arange(10)
+    folds = [rows % 2 == half for half in range(2)]
+    with caplog.at_level("INFO", logger="mpm"):
+        attentive_scores(train, train, rows, folds, num_heads=1, num_classes=3, seed=0)
+    assert [message.split(" from ")[1] for message in caplog.messages] == [
+        "5 images: to choose the rate, 1 of 2",
+        "5 images: to choose the rate, 2 of 2",
+        "10 images: to be tested",
+    ]

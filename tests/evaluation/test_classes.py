@@ -1,6 +1,6 @@
 import pytest
 
-from mpm.evaluation.classes import match_classes
+from mpm.evaluation.classes import class_difference, match_classes
 
 NUMBERED = tuple(map(str, range(12)))
 AS_TEXT = tuple(sorted(NUMBERED))  # 0, 1, 10, 11, 2, ...: how folders are listed
@@ -41,7 +41,9 @@ def test_foreign_names_are_matched_in_order_unless_some_are_the_same() -> None:
     others = tuple(f"n{name}" for name in WORDS)
     found = match_classes(others, WORDS, is_foreign=True)
     assert (found.number, found.names) == (tuple(range(12)), others)
-    with pytest.raises(ValueError, match="nb, nc, nd unknown to the network; b, c, d without images"):
+    with pytest.raises(
+        ValueError, match="nb, nc, nd and 8 more unknown to the network; b, c, d and 8 more without"
+    ):
         match_classes(("a", *others[1:]), WORDS, is_foreign=True)
     with pytest.raises(ValueError, match="exactly the network's classes"):
         match_classes(others, WORDS, is_foreign=False)
@@ -50,3 +52,16 @@ def test_foreign_names_are_matched_in_order_unless_some_are_the_same() -> None:
 def test_a_missing_number_is_no_numbering() -> None:
     with pytest.raises(ValueError, match="the network 12 without names"):
         match_classes((*NUMBERED[:-1], "12"), NUMBERED, is_foreign=True)
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        ("abz", "3 classes, data.train 3 (z unknown to data.train; c without images)"),
+        ("ab", "2 classes, data.train 3 (c without images)"),
+        ("abcdefgh", "8 classes, data.train 3 (d, e, f and 2 more unknown to data.train)"),
+        ("acb", "3 classes, data.train 3 (of the same names, in another order)"),
+    ],
+)
+def test_the_first_classes_that_differ_are_named(found: str, told: str) -> None:
+    assert class_difference(found, "abc", name="data.val", other="data.train") == f"data.val has {told}"

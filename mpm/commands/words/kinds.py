@@ -76,3 +76,11 @@ def output(text: str) -> Path:
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"folder {path.parent} does not exist; make it first")
     return path
+
+
+def picture(text: str) -> Path:
+    """A path of a picture that can be written."""
+    path = output(text)
+    if path.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"pictures are PNG; give {text} the ending .png")
+    return path

@@ -3,7 +3,7 @@
 from typing import Any
 
 from mpm.commands.checkpoints import FREE_TO_CHANGE
-from mpm.commands.words.kinds import checkpoint_or_override, existing, folder, natural, output, sides
+from mpm.commands.words.kinds import checkpoint_or_override, existing, folder, natural, output, picture, sides
 from mpm.commands.words.options import add, add_checkpoint, add_device, add_images, add_overrides, add_workers
 
 
@@ -64,12 +64,14 @@ def _add_evaluate(commands: Any) -> None:
         help="ReaL labels of ImageNet's validation images, real.json",
     )
     command.add_argument(
-        "-o", "--output", type=output, metavar="FILE", help="picture of the confusion matrix, PNG"
+        "-o", "--output", type=picture, metavar="FILE", help="picture of the confusion matrix, PNG"
     )
     command.add_argument(
-        "--mistakes", type=output, metavar="FILE", help="picture of the surest mistakes, PNG"
+        "--mistakes", type=picture, metavar="FILE", help="picture of the surest mistakes, PNG"
     )
-    command.add_argument("--json", action="store_true", help="print JSON, with the confusion matrix of one")
+    command.add_argument(
+        "--json", action="store_true", help="print JSON, of one with its confusion matrix and mistakes"
+    )
 
 
 def _add_attention(commands: Any) -> None:
@@ -84,7 +86,7 @@ def _add_attention(commands: Any) -> None:
     )
     add_checkpoint(command, "of pretraining or fine-tuning")
     add_images(command)
-    command.add_argument("-o", "--output", type=output, required=True, metavar="FILE", help="picture, PNG")
+    command.add_argument("-o", "--output", type=picture, required=True, metavar="FILE", help="picture, PNG")
     command.add_argument(
         "--query", choices=("class_token", "patches"), help="what asks in the last block, where not the above"
     )
@@ -107,7 +109,7 @@ def _add_reconstruct(commands: Any) -> None:
     )
     add_checkpoint(command, "of pretraining")
     add_images(command)
-    command.add_argument("-o", "--output", type=output, required=True, metavar="FILE", help="picture, PNG")
+    command.add_argument("-o", "--output", type=picture, required=True, metavar="FILE", help="picture, PNG")
     command.add_argument("--seed", type=natural, metavar="N", default=0, help="of the masks (default 0)")
     add_device(command)
 
@@ -138,7 +140,7 @@ def _add_probe(commands: Any) -> None:
         "probe",
         "score frozen features layer by layer: k-NN, linear and attentive probes",
         more="Settings and the best layer are chosen on held-out training features, never on test images.\n"
-        "Images are the checkpoint's own where none are given.",
+        "Images are the checkpoint's own where none are given. Of a model of timm the output is scored.",
         example="mpm probe runs/vitb_mae --train photos --test photos --attentive",
     )
     add_checkpoint(command, "of pretraining or fine-tuning")
