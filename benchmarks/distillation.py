@@ -4,6 +4,7 @@
     python -m benchmarks.distillation answers --out FILE     # what these say of all crops of their students
     python -m benchmarks.distillation rates --out FILE       # students' rates, on held-out training images
     python -m benchmarks.distillation students --out FILE    # none, soft, hard, with a token; ViT and CaiT
+    python -m benchmarks.distillation long --out FILE --parallel 1   # some of these, four times as long
     python -m benchmarks.distillation students --out FILE --table    # what is finished
 
 A cell is one data set, architecture, method and seed. Teacher and student of a seed learn from the same
@@ -69,11 +70,13 @@ class Cell(NamedTuple):
     method: str
     seed: int
     lr: float
+    length: int = 1  # of training, in steps of the data set
 
     @property
     def name(self) -> str:
         """Unique, for folders and the file of results."""
-        return "_".join(str(part) for part in self)
+        parts = self if self.length > 1 else self[:-1]
+        return "_".join(str(part) for part in parts)
 
 
 def student(architecture: str, patch_size: int, *, with_token: bool) -> dict[str, Any]:
@@ -110,24 +113,26 @@ def teacher_folder(runs: Path, data: str, seed: int) -> Path:
     return runs / f"teacher_{data}_{seed}"
 
 
-def crops(data: Data) -> int:
+def crops(cell: Cell) -> int:
     """As many as epochs: none is shown twice, so that caching their answers changes nothing."""
-    return -(-data.steps // (data.labels // BATCH))
+    data = DATA[cell.data]
+    return -(-data.steps * cell.length // (data.labels // BATCH))
 
 
-def answers_file(runs: Path, data: str, seed: int) -> Path:
-    return runs / f"answers_{data}_{seed}.bin"
+def answers_file(runs: Path, cell: Cell) -> Path:
+    longer = f"_{cell.length}" if cell.length > 1 else ""
+    return runs / f"answers_{cell.data}_{cell.seed}{longer}.bin"
 
 
-def teach(data: str, seed: int, runs: Path) -> dict[str, Any]:
+def teach(cell: Cell, runs: Path) -> dict[str, Any]:
     """Ask a teacher about all crops that its students will see."""
-    cell = Cell("runs", data, "vit", "soft", seed, RATES[data, "vit"])
+    asking = cell._replace(architecture="vit", method="soft", lr=RATES[cell.data, "vit"])
     begin = time.perf_counter()
-    folder = runs / f"teach_{data}_{seed}"
-    python("-m", "mpm", "teach", str(state(student_config(cell, runs), folder, seed)))
+    file = state(student_config(asking, runs), runs / f"teach_{answers_file(runs, cell).stem}", cell.seed)
+    python("-m", "mpm", "teach", str(file))
     return {
-        "crops": crops(DATA[data]),
-        "bytes": answers_file(runs, data, seed).stat().st_size,
+        "crops": crops(cell),
+        "bytes": answers_file(runs, cell).stat().st_size,
         "seconds": round(time.perf_counter() - begin, 1),
     }
 
@@ -135,14 +140,16 @@ def teach(data: str, seed: int, runs: Path) -> dict[str, Any]:
 def student_config(cell: Cell, runs: Path) -> dict[str, Any]:
     data = DATA[cell.data]
     kind, _, token = cell.method.partition("_")
-    config = common(cell, data.steps) | student(cell.architecture, data.patch_size, with_token=bool(token))
+    config = common(cell, data.steps * cell.length) | student(
+        cell.architecture, data.patch_size, with_token=bool(token)
+    )
     if kind != "none":
         config["distillation"] = {
             "kind": kind,
             "through": token or "class",
             "teacher": {"kind": "checkpoint", "checkpoint": str(teacher_folder(runs, cell.data, cell.seed))},
-            "crops": crops(data),
-            "cache": str(answers_file(runs, cell.data, cell.seed)),
+            "crops": crops(cell),
+            "cache": str(answers_file(runs, cell)),
         }
     return config
 
@@ -151,7 +158,7 @@ def run_cell(cell: Cell, runs: Path) -> dict[str, Any]:
     """Train a teacher, keep its answers, or train a student; the outcome."""
     data = DATA[cell.data]
     if cell.method == "answers":
-        return teach(cell.data, cell.seed, runs)
+        return teach(cell, runs)
     if cell.method == "teacher":
         config = common(cell, data.teacher_steps) | {"network": {"model": TEACHER}}
         return train("finetune", config, teacher_folder(runs, cell.data, cell.seed), cell.seed, metrics=KEPT)
@@ -177,6 +184,14 @@ def grid_students(seeds: int) -> Iterator[Cell]:
                 yield Cell("runs", data, architecture, method, seed, lr)
 
 
+def grid_long(seeds: int) -> Iterator[Cell]:
+    """Where a student has four times as long, each seed after the answers to its crops."""
+    for seed in range(seeds):
+        yield Cell("runs", "fashion_mnist", TEACHER, "answers", seed, TEACHER_LR, 4)
+        for method in ("none", "hard_token", "hard"):
+            yield Cell("runs", "fashion_mnist", "vit", method, seed, RATES["fashion_mnist", "vit"], 4)
+
+
 def grid_rates(seeds: int) -> Iterator[Cell]:
     """Without a teacher, on a seed that is not reported and held-out training images."""
     for data, architecture in RATES:
@@ -189,6 +204,7 @@ GRIDS = {
     "answers": grid_answers,
     "rates": grid_rates,
     "students": grid_students,
+    "long": grid_long,
 }
 
 
@@ -197,9 +213,13 @@ def table(records: list[dict[str, Any]]) -> str:
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for record in records:
         cell = record["cell"]
+        if cell["method"] == "answers":
+            continue
         key = (cell["grid"], cell["data"], cell["architecture"], cell["method"])
         if cell["grid"] == "rates":
             key += (str(cell["lr"]),)
+        if cell.get("length", 1) > 1:
+            key += (f"x{cell['length']}",)
         groups.setdefault(key, []).append(record["outcome"])
     lines = []
     for key, outcomes in sorted(groups.items(), key=lambda item: (item[0][:2], -sum(map(top1, item[1])))):
@@ -222,8 +242,6 @@ def main() -> None:
     options = parser.parse_args()
     cells = [cell for cell in GRIDS[options.grid](options.seeds) if (options.only or "") in cell.name]
     records = known(options.out)
-    if options.table and options.grid == "answers":
-        parser.error("answers have no scores")
     if options.table:
         names = {cell.name for cell in cells}
         print(table([record for record in records if record["name"] in names]))
