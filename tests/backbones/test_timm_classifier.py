@@ -43,7 +43,12 @@ def test_it_is_built_for_the_images_of_the_run(model: str, size: tuple[int, int]
     ("model", "size", "told"),
     [
         ("test_vit", (60, 64), "data.image_size 60 is not a multiple of the patch_size 16 of network.model"),
-        ("swin_tiny_patch4_window7_224", (256, 256), "takes images of 224x224 only, not 256x256"),
+        pytest.param(
+            "swin_tiny_patch4_window7_224",
+            (256, 256),
+            "takes images of 224x224 only, not 256x256",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_size_that_does_not_fit_is_told(model: str, size: tuple[int, int], told: str) -> None:
