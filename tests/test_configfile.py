@@ -28,8 +28,8 @@ LIKE_OTHERS = (
     "cait_",
     "vitb_18x2",
     "vitb_beit",
-    "quickstart/clipart",
-    "quickstart/fashion",
+    "quickstart/",
+    "tokenizers/",
     "finetune/",
 )
 UNLIKE_OTHERS = ("finetune/vitb_in1k", "finetune/cifar10.", "finetune/inat18")

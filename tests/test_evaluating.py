@@ -76,6 +76,7 @@ def in_folder(root: Path) -> list[str]:
     return ["data.test.kind=folder", f"data.test.root={root}"]
 
 
+@pytest.mark.slow
 def test_folders_that_are_numbers_are_classes_by_number(
     network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -104,6 +104,7 @@ def test_parameters_with_the_hmlp_stem(name: str, image_size: int) -> None:
     assert found[image_size] == HMLP[name, image_size]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({key[0] for key in MASKED}))
 def test_parameters_of_masked_models(name: str) -> None:
     found = {(row.name, row.network, row.image_size): row.parameters for row in rows(name)}

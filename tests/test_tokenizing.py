@@ -175,6 +175,7 @@ def test_unreadable_images_have_no_codes_until_they_can_be_read(
     assert len(inputs_of(config).steps) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "named"),
     [

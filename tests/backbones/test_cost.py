@@ -67,6 +67,7 @@ def classifier(name: str, image_size: int = 224, **overrides) -> Classifier:
 # Against torch's count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stem", "trunk", "training"),
     [

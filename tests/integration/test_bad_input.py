@@ -98,6 +98,7 @@ def test_missing_and_empty_folder_are_named(commands: CommandLine, tmp_path: Pat
     assert ended.status == 0, ended.err
 
 
+@pytest.mark.slow
 def test_few_undecodable_images_are_replaced_counted_and_logged(
     commands: CommandLine, tmp_path: Path
 ) -> None:
@@ -188,6 +189,7 @@ def test_other_channels_than_the_checkpoints_need_their_statistics(
     assert "mean has 1 numbers for 3 channels; give 3" in ended.complaint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

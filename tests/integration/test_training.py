@@ -58,6 +58,7 @@ def test_pretraining_continues_where_earlier_weights_were(pretrained: Path, tmp_
     assert losses(tmp_path)[0] < last + 0.1 * (first - last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -96,6 +97,7 @@ def test_another_stem_is_one_word(method: str, stem: str, tmp_path: Path) -> Non
     assert losses(tmp_path)[-1] < 0.95 * losses(tmp_path)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

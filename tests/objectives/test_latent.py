@@ -142,6 +142,7 @@ def test_the_teacher_is_no_part_of_what_is_trained() -> None:
     assert not any(name.startswith("teacher") for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("predictor", "stem"), [*itertools.product(["linear"], STEMS), ("decoder", "linear"), ("class", "linear")]
 )

@@ -87,6 +87,7 @@ def test_chunks_do_not_change_the_codes(metric: Metric, monkeypatch: pytest.Monk
     assert max(shapes) * 50 <= 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_code_of_a_vector_does_not_depend_on_those_beside_it(metric: Metric) -> None:
     """Also of vectors so close to the middle of two codes that a float32 product takes either."""
