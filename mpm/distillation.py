@@ -168,10 +168,11 @@ def _of_checkpoint(source: str, size: tuple[int, int], *, name: str) -> _Network
     if holds_timm(present(source, key=f"{_KEY}.checkpoint")):
         whole = load(Path(source).expanduser())
         assert whole.classifier is not None
-        classes = whole.classes
+        classes, identity = whole.classes, digest(whole.classifier)
+        build.fit_timm(whole.classifier.backbone, size, name=name, key=f"{_KEY}.image_size")
         return _Network(
             whole.classifier,
-            digest(whole.classifier),
+            identity,
             whole.normalize,
             whole.view.interpolation,
             classes,

@@ -22,7 +22,7 @@ from mpm.training.ceiling import matmul_flops_per_s
 from mpm.training.ema import create_ema
 from mpm.training.loop import StopRequest, train_steps
 from mpm.training.reporting import Reporter
-from mpm.trunk import present, read_trunk
+from mpm.trunk import read_start
 
 __all__ = ["finetune"]
 
@@ -55,11 +55,7 @@ def finetune(config: FinetuneConfig, *, stop_after: int | None = None) -> bool:
 def _finetune(
     config: FinetuneConfig, stop_after: int | None, *, device: torch.device, stop: StopRequest
 ) -> bool:
-    trunk = (
-        read_trunk(present(config.init.checkpoint, key="init.checkpoint"))
-        if config.init is not None
-        else None
-    )
+    trunk = read_start(config.init)
     config = inherit(config, trunk)
     if config.backbone is not None:
         config = config.model_copy(update={"backbone": config.backbone.in_full(classifier=True)})

@@ -26,7 +26,7 @@ from mpm.patchify.pixels import Normalize, to_unit
 from mpm.tokenization import digest, read_tokenizer
 from mpm.tokenizers.base import Tokenizer
 from mpm.tokenizers.use import CodeUse, code_use
-from mpm.trunk import Trunk, present, read_trunk
+from mpm.trunk import Trunk, read_start
 
 __all__ = ["MaskedPretraining", "code_fingerprint", "code_target"]
 
@@ -54,11 +54,7 @@ class MaskedPretraining:
 
     def __init__(self, config: PretrainConfig):
         data = config.data
-        self._trunk = (
-            read_trunk(present(config.init.checkpoint, key="init.checkpoint"))
-            if config.init is not None
-            else None
-        )
+        self._trunk = read_start(config.init)
         backbone = config.backbone if self._trunk is None else config.backbone.over(self._trunk.backbone)
         images = build.source(data, image_size=data.image_size, channels=data.channels, labelled=False)
         mean, std = build.statistics(*_moments(data, self._trunk), images)

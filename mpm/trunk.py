@@ -10,7 +10,7 @@ from mpm.backbones.adapt import adapt_state
 from mpm.backbones.backbone import Backbone
 from mpm.backbones.classifier import Classifier
 from mpm.config import Backbone as BackboneConfig
-from mpm.config import FinetuneConfig, ImportedConfig, PretrainConfig, Readout
+from mpm.config import FinetuneConfig, ImportedConfig, Init, PretrainConfig, Readout
 from mpm.imported import TIMM, fetch, imported_config
 from mpm.partial import better_weights, is_checkpoint
 from mpm.patchify.patches import grid_of
@@ -111,6 +111,15 @@ def present(source: str, *, key: str) -> str:
             f"{key}: no checkpoint {source}; give a run's folder, a file of weights, or {TIMM}NAME"
         )
     return source
+
+
+def read_start(init: Init | None) -> Trunk | None:
+    """What a run starts from; None: from scratch.
+
+    Raises:
+        FileNotFoundError, ValueError: as `present` and `read_trunk`.
+    """
+    return None if init is None else read_trunk(present(init.checkpoint, key="init.checkpoint"))
 
 
 def read_trunk(source: str | Path) -> Trunk:

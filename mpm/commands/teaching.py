@@ -16,7 +16,7 @@ from mpm.inheritance import inherit, with_statistics
 from mpm.labelled import open_labelled
 from mpm.run import log_facts, started
 from mpm.training.loop import StopRequest
-from mpm.trunk import present, read_trunk
+from mpm.trunk import read_start
 
 __all__ = ["teach"]
 
@@ -49,11 +49,7 @@ def teach(config: FinetuneConfig) -> str:
 
 
 def _teach(config: FinetuneConfig, *, device: torch.device, stop: StopRequest) -> str:
-    trunk = (
-        read_trunk(present(config.init.checkpoint, key="init.checkpoint"))
-        if config.init is not None
-        else None
-    )
+    trunk = read_start(config.init)
     config = inherit(config, trunk)
     data, stated = open_labelled(config), config.distillation
     config, _ = with_statistics(config, data.train)
